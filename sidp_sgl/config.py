@@ -1,0 +1,115 @@
+"""SidpConfig: the flags of SiDP, their defaults and their validation. Imports nothing heavy."""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+POOLS = ("ffn", "linear")
+MODES = ("auto", "was")
+PLACEMENTS = ("interleaved", "contiguous")
+PREFETCH_ORDERS = ("sequential", "shifted", "ticketed")
+
+
+class SidpError(Exception):
+    """A reason why SiDP can't start or go on, in one line that names the remedy."""
+
+
+class SidpUsageError(SidpError, ValueError):
+    """A flag, keyword or combination that the user has to change."""
+
+
+def _flag(help_text: str, **argparse_options: Any) -> dict[str, Any]:
+    return {"help": help_text, **argparse_options}
+
+
+@dataclass(frozen=True)
+class SidpConfig:
+    """What `--sidp` and its flags say; the same names as keywords of `sgl.Engine`.
+
+    `group` is the name of one engine's group, made in the main process; ranks meet under it.
+    """
+
+    sidp: bool = field(
+        default=False,
+        metadata=_flag("Keep one copy of the pooled weights per data-parallel group (SiDP)."),
+    )
+    sidp_pool: str = field(
+        default="ffn",
+        metadata=_flag("What is pooled: the FFNs, or all big linears.", choices=POOLS),
+    )
+    sidp_mode: str = field(
+        default="auto",
+        metadata=_flag("Execution mode: was streams weights to every rank.", choices=MODES),
+    )
+    sidp_placement: str = field(
+        default="interleaved",
+        metadata=_flag("Owner of a layer: l mod d, or contiguous runs.", choices=PLACEMENTS),
+    )
+    sidp_cache_slots: int | None = field(
+        default=None,
+        metadata=_flag(
+            "Slots per rank, each for one fetched layer "
+            "(default: 3; for the shifted order one per layer of a cycle).",
+            type=int,
+            metavar="N",
+        ),
+    )
+    sidp_prefetch_order: str = field(
+        default="ticketed",
+        metadata=_flag("Order of the fetches.", choices=PREFETCH_ORDERS),
+    )
+    sidp_link_gbps: float | None = field(
+        default=None,
+        metadata=_flag(
+            "Pace every owner's link to X GB/s, shared by its readers "
+            "(CPU transport; for tests and demos).",
+            type=float,
+            metavar="X",
+        ),
+    )
+    group: str = ""
+
+    @classmethod
+    def flags(cls) -> dict[str, dict[str, Any]]:
+        """Field name → argparse options of every user-visible field."""
+        return {
+            f.name: {"default": f.default, **f.metadata} for f in fields(cls) if f.name != "group"
+        }
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "SidpConfig":
+        """Validated config from keyword values; raises SidpUsageError in one line."""
+        return cls(**values).validated()
+
+    def validated(self) -> "SidpConfig":
+        if not isinstance(self.sidp, bool):
+            raise SidpUsageError(f"--sidp is a switch; got {self.sidp!r}: use True or False")
+        for name, options in self.flags().items():
+            choices, value = options.get("choices"), getattr(self, name)
+            if choices and value not in choices:
+                raise SidpUsageError(
+                    f"{flag_name(name)} {value!r} is unknown: choose one of {', '.join(choices)}"
+                )
+        slots = self.sidp_cache_slots
+        if slots is not None and (not isinstance(slots, int) or isinstance(slots, bool)):
+            raise SidpUsageError(f"--sidp-cache-slots {slots!r} is not a whole number")
+        if slots is not None and slots < 1:
+            raise SidpUsageError(f"--sidp-cache-slots {slots} is out of range: use 1 or more")
+        gbps = self.sidp_link_gbps
+        if gbps is not None and not (isinstance(gbps, int | float) and 0 < gbps < float("inf")):
+            raise SidpUsageError(f"--sidp-link-gbps {gbps!r} is out of range: use more than 0")
+        if not self.sidp:
+            changed = [n for n, o in self.flags().items() if getattr(self, n) != o["default"]]
+            if changed:
+                raise SidpUsageError(f"{flag_name(changed[0])} has no effect without --sidp: add it")
+        return self
+
+    def with_group(self, group: str) -> "SidpConfig":
+        return replace(self, group=group)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def flag_name(field_name: str) -> str:
+    """'sidp_link_gbps' → '--sidp-link-gbps'."""
+    return "--" + field_name.replace("_", "-")

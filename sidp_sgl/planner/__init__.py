@@ -1,0 +1,1 @@
+"""Memory model: exact bytes and KV capacity."""

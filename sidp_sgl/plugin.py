@@ -1,0 +1,12 @@
+"""What SGLang calls, in every process it starts: registers, nothing else."""
+
+
+def register() -> None:
+    """Entry point of group `sglang.srt.plugins`."""
+
+
+def activate_cpu_platform() -> str | None:
+    """Entry point of group `sglang.srt.platforms`: class path of the CPU platform, or None."""
+    from sidp_sgl.sglang_hooks.cpu_platform import activate
+
+    return activate()

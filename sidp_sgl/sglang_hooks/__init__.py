@@ -1,0 +1,1 @@
+"""The only code that imports SGLang; one file per place that is hooked."""

@@ -1,0 +1,1 @@
+"""Data plane: placement, layout, loading, pool, slots, prefetch, transports."""

@@ -1,0 +1,80 @@
+"""How a layer's pooled tensors lie in one block: fixed order, each at a multiple of 256 bytes.
+
+Shapes, strides and dtypes are exactly those that SGLang's kernels see after loading, so that one
+fetch is one contiguous copy and views are made once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+ALIGNMENT = 256  # bytes; what cudaMalloc guarantees and vectorised kernels expect
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a block. `shape` and `stride` in elements, `offset` and `num_bytes` in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    offset: int
+    num_bytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The tensors of one layer's block; `num_bytes` is the block's size, padded to 256."""
+
+    tensors: tuple[TensorSpec, ...]
+    num_bytes: int
+
+    def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Name → view into `block` (uint8, 1-D, at least `num_bytes` long)."""
+        views = {}
+        for spec in self.tensors:
+            piece = block[spec.offset : spec.offset + spec.num_bytes].view(spec.torch_dtype)
+            views[spec.name] = piece.as_strided(spec.shape, spec.stride)
+        return views
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BlockLayout":
+        specs = (
+            TensorSpec(**{**t, "shape": tuple(t["shape"]), "stride": tuple(t["stride"])})
+            for t in values["tensors"]
+        )
+        return cls(tuple(specs), values["num_bytes"])
+
+
+def align(num_bytes: int) -> int:
+    """`num_bytes` rounded up to a multiple of 256."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def make_layout(tensors: Iterable[tuple[str, torch.Tensor]]) -> BlockLayout:
+    """Layout of (name, tensor) pairs in the given order; meta tensors are welcome.
+
+    Raises ValueError for a tensor with gaps or overlaps, which a block can't hold.
+    """
+    specs, offset = [], 0
+    for name, tensor in tensors:
+        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        if tensor.numel() == 0 or span != tensor.numel():
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} is empty or not dense")
+        num_bytes = tensor.numel() * tensor.element_size()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        specs.append(
+            TensorSpec(name, tuple(tensor.shape), tensor.stride(), dtype, offset, num_bytes)
+        )
+        offset = align(offset + num_bytes)
+    return BlockLayout(tuple(specs), offset)

@@ -1,0 +1,118 @@
+"""The prefetcher: keeps a rank's slots filled ahead of the compute, across the end of the step.
+
+A slot's life: free → fetching → ready → in use → free. The host only decides what is enqueued;
+that a slot is not overwritten in use, nor read before it is ready, is ensured by events.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sidp_sgl.weightpool.schedule import FetchSchedule
+from sidp_sgl.weightpool.transport import Event, PeerBlock, Transport
+
+
+@dataclass
+class Slot:
+    """Memory for one fetched block at a time."""
+
+    memory: torch.Tensor  # [num_bytes] uint8
+    ready: Event
+    released: Event
+    layer: int | None = None  # what it holds or is being filled with
+    free: bool = True  # the host may enqueue the next fetch
+
+
+@dataclass
+class FetchCounters:
+    """What was fetched and what it cost."""
+
+    fetches: int = 0
+    bytes: int = 0
+    stall_seconds: float = 0.0  # time that the compute waited for a fetch
+    resyncs: int = 0  # layers asked for out of order, e.g. after a step that was cut short
+
+
+class Prefetcher:
+    """Fetches the blocks of one rank's schedule. Used by one thread."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        schedule: FetchSchedule,
+        blocks: Mapping[int, PeerBlock],
+        slot_bytes: int,
+        *,
+        ticketed: bool,
+    ) -> None:
+        self.counters = FetchCounters()
+        self._transport = transport
+        self._schedule = schedule
+        self._blocks = blocks
+        self._ticketed = ticketed
+        self._next = 0  # position in schedule.order of the next fetch
+        self.slots = [
+            Slot(
+                transport.empty(slot_bytes),
+                transport.event(),
+                transport.event(),
+            )
+            for _ in range(schedule.num_slots)
+        ]
+
+    def slot_of(self, layer: int) -> Slot:
+        return self.slots[self._schedule.slot_of[layer]]
+
+    def start(self) -> None:
+        """Begin to fill the slots."""
+        self._fill()
+
+    def acquire(self, layer: int) -> None:
+        """The compute stream may read the slot of `layer` once this returns (or, on a GPU, once
+        its stream gets here)."""
+        slot = self.slot_of(layer)
+        if slot.layer != layer:
+            self._restart_at(layer)
+        started = time.perf_counter()
+        self._transport.compute_stream.wait(slot.ready)
+        self.counters.stall_seconds += time.perf_counter() - started
+
+    def release(self, layer: int) -> None:
+        """The compute stream is through with `layer`: its slot takes the next fetch."""
+        if self._schedule.resident:
+            return
+        slot = self.slot_of(layer)
+        self._transport.compute_stream.record(slot.released)
+        slot.free = True
+        self._fill()
+
+    def _fill(self) -> None:
+        order = self._schedule.order
+        while order and self.slot_of(order[self._next]).free:
+            self._fetch(order[self._next])
+            self._next = (self._next + 1) % len(order)
+
+    def _fetch(self, layer: int) -> None:
+        slot, block, stream = self.slot_of(layer), self._blocks[layer], self._transport.copy_stream
+        slot.layer, slot.free = layer, False
+        stream.wait(slot.released)
+        if self._ticketed:
+            stream.take_turn(block)
+        stream.copy(slot.memory[: block.data.numel()], block)
+        if self._ticketed:
+            stream.end_turn(block)
+        stream.record(slot.ready)
+        self.counters.fetches += 1
+        self.counters.bytes += block.data.numel()
+
+    def _restart_at(self, layer: int) -> None:
+        """Drop what was prefetched and start anew with `layer`. Nothing is in use now; copies
+        under way finish first, since the copy stream is in order."""
+        self.counters.resyncs += 1
+        for slot in self.slots:
+            self._transport.compute_stream.record(slot.released)
+            slot.free, slot.layer = True, None
+        self._next = self._schedule.restart_position(layer)
+        self._fill()

@@ -1,0 +1,97 @@
+"""The interface between the pool and the machine: memory that peers map, streams, events.
+
+Two implementations with the same tests: `shm` (CPU) and, later, `cuda`. Semantics are CUDA's: a
+stream executes in order; `event.record(stream)` marks a point; `stream.wait(event)` makes later
+work wait for the latest mark that was recorded before the call, and is a no-op before the first.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+WAIT_SECONDS = 120.0  # bound of every wait for another process or thread
+
+
+class TransportError(RuntimeError):
+    """A wait ran out or a peer's memory could not be used."""
+
+
+class Event(ABC):
+    """A point in a stream's work."""
+
+
+class Stream(ABC):
+    """In-order work of one rank. The copy stream runs beside the compute stream."""
+
+    @abstractmethod
+    def record(self, event: Event) -> None:
+        """Mark this point of the stream."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """Later work of this stream waits for the event's latest mark."""
+
+
+class Turns(ABC):
+    """An owner's queue of readers: one at a time, first come, first served."""
+
+
+class CopyStream(Stream):
+    """The stream that fetches."""
+
+    @abstractmethod
+    def copy(self, target: torch.Tensor, source: "PeerBlock") -> None:
+        """Copy a peer's block into `target` (uint8, 1-D, same length)."""
+
+    @abstractmethod
+    def take_turn(self, source: "PeerBlock") -> None:
+        """Later work waits until the source's owner serves this rank and no other."""
+
+    @abstractmethod
+    def end_turn(self, source: "PeerBlock") -> None:
+        """The owner may serve the next reader."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block until all work is done; raises what went wrong in it."""
+
+
+@dataclass(frozen=True)
+class PeerBlock:
+    """A block in another rank's memory: `data` [num_bytes] uint8, not to be written."""
+
+    owner: int
+    data: torch.Tensor
+
+
+class Transport(ABC):
+    """One rank's side. `allocate` once, `export` to the peers, `connect` to theirs."""
+
+    compute_stream: Stream
+    copy_stream: CopyStream
+
+    @abstractmethod
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Exportable memory, [num_bytes] uint8, zeroed; at most one call per transport."""
+
+    @abstractmethod
+    def empty(self, num_bytes: int) -> torch.Tensor:
+        """Private memory of this rank's device, [num_bytes] uint8, for slots."""
+
+    @abstractmethod
+    def export(self) -> list[int]:
+        """File descriptors that give peers access to this rank's memory and to its turns."""
+
+    @abstractmethod
+    def connect(self, owner: int, file_descriptors: Sequence[int]) -> torch.Tensor:
+        """Map what `owner` exported; returns its memory, [num_bytes] uint8. Takes the fds over."""
+
+    @abstractmethod
+    def event(self) -> Event:
+        """A new event."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the streams and unmap. Idempotent."""
