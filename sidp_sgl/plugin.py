@@ -3,6 +3,9 @@
 
 def register() -> None:
     """Entry point of group `sglang.srt.plugins`."""
+    from sidp_sgl import runtime
+
+    runtime.register()
 
 
 def activate_cpu_platform() -> str | None:

@@ -1,7 +1,7 @@
-"""The device memory of a CPU rank: real, or pretended with SIDP_CPU_DEVICE_MEMORY.
+"""The pretended device memory of a CPU rank: SIDP_CPU_DEVICE_MEMORY, or a share of the machine's.
 
-Room: sglang_hooks. With a pretended device, what counts as used is what would lie on a device:
-weights, buffers, pooled blocks and slots; so KV capacity is exact and the same on any machine.
+Room: sglang_hooks. What counts as used is what would lie on a device: weights, buffers, pooled
+blocks and slots; so KV capacity is exact and the same on any machine.
 """
 
 import os
@@ -14,6 +14,7 @@ VARIABLE = "SIDP_CPU_DEVICE_MEMORY"
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS.update({f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power})
+DEFAULT_SHARE = 16  # of the machine's memory, per rank
 _model: torch.nn.Module | None = None
 _pool_bytes = 0
 
@@ -27,22 +28,20 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def pretended_bytes() -> int | None:
-    text = os.environ.get(VARIABLE)
-    return parse_bytes(text) if text else None
-
-
 def device_total_bytes() -> int:
-    pretended = pretended_bytes()
-    return psutil.virtual_memory().total if pretended is None else pretended
+    """Size of one rank's device in bytes."""
+    text = os.environ.get(VARIABLE)
+    return parse_bytes(text) if text else psutil.virtual_memory().total // DEFAULT_SHARE
 
 
 def device_used_bytes() -> int:
-    """What the rank holds on its (pretended) device, in bytes."""
-    if pretended_bytes() is None:
-        memory = psutil.virtual_memory()
-        return memory.total - memory.available
-    return _pool_bytes + (resident_bytes(_model) if _model is not None else 0)
+    """What this process holds on its device, in bytes, before SGLang allocates the KV cache."""
+    return _pool_bytes + replicated_bytes()
+
+
+def replicated_bytes() -> int:
+    """Bytes of the model's tensors that are not pooled."""
+    return resident_bytes(_model) if _model is not None else 0
 
 
 def charge_model(model: torch.nn.Module) -> None:

@@ -1,0 +1,132 @@
+"""Composition root of one process: what SiDP sets up in each of SGLang's roles, in reading order.
+
+Nothing happens without --sidp, but for the flags and, on machines without an accelerator, the CPU
+platform's own hooks.
+"""
+
+import logging
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import model_config_of
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_parallel
+
+from sidp_sgl import __version__
+from sidp_sgl.config import SidpConfig
+from sidp_sgl.scheduler.rendezvous import Offer, exchange
+from sidp_sgl.sglang_hooks import arguments, cpu_memory, required
+from sidp_sgl.sglang_hooks.checkpoint import CheckpointReader
+from sidp_sgl.sglang_hooks.offloader import PoolOffloader
+from sidp_sgl.sglang_hooks.required import Hook
+from sidp_sgl.sglang_hooks.status import StatusHooks
+from sidp_sgl.weightpool.placement import owners
+from sidp_sgl.weightpool.pool import WeightPool
+from sidp_sgl.weightpool.schedule import default_slots
+from sidp_sgl.weightpool.shm import ShmTransport
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Every process, before argument parsing."""
+    required.apply(arguments.HOOKS)
+    arguments.install_keywords()
+    required.apply([Hook("sglang.srt.runtime_context.publish", _on_publish, HookType.AFTER)])
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.device_name == "sidp_cpu":
+        from sidp_sgl.sglang_hooks import cpu_controller
+
+        required.apply(cpu_controller.MEMORY_HOOKS)
+
+
+def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
+    """The per-process bootstrap: SGLang has just published the process's configuration."""
+    config = arguments.config_of(server_args)
+    if role == "dp_controller":
+        from sidp_sgl.sglang_hooks import cpu_controller
+
+        required.apply(cpu_controller.CONTROLLER_HOOKS)
+    if config is None:
+        return
+    if role == "scheduler":
+        Rank(server_args, config).start()
+
+
+class Rank:
+    """One DP scheduler process with --sidp: group → pool → hooks."""
+
+    def __init__(self, server_args: Any, config: SidpConfig) -> None:
+        parallel = get_parallel()
+        self.config = config
+        self.dp_rank = parallel.dp_rank
+        self.dp_size = parallel.dp_size
+        self.model_config = model_config_of(server_args)
+        layer_owners = owners(
+            self.model_config.num_hidden_layers, self.dp_size, config.sidp_placement
+        )
+        order = config.sidp_prefetch_order
+        rate = None if config.sidp_link_gbps is None else config.sidp_link_gbps * 1e9
+        self.pool = WeightPool(
+            transport=ShmTransport(rate),
+            rank=self.dp_rank,
+            num_ranks=self.dp_size,
+            owners=layer_owners,
+            prefetch_order=order,
+            num_slots=config.sidp_cache_slots or default_slots(layer_owners, self.dp_size, order),
+        )
+        self.offloader = PoolOffloader(self.pool, config.sidp_pool, self._meet_peers)
+        self.reader = CheckpointReader(self.offloader.is_placeholder)
+
+    def start(self) -> None:
+        required.apply(
+            [
+                self.offloader.hook(),
+                *self.reader.hooks(),
+                *StatusHooks(self.status).hooks(),
+            ]
+        )
+
+    def _meet_peers(self, pool: WeightPool) -> None:
+        own = Offer(self.dp_rank, self.fingerprint(), pool.offer(), pool.transport.export())
+        for rank, offer in exchange(self.config.group, own, self.dp_size).items():
+            pool.connect(rank, offer.content, offer.file_descriptors)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal on all ranks of a group."""
+        return {
+            "sidp_sgl version": __version__,
+            "config": self.config.as_dict(),
+            "model": self.model_config.hf_config.to_json_string(),
+            "dtype": str(self.model_config.dtype),
+            "owners": list(self.pool.owners),
+        }
+
+    def status(self) -> dict[str, Any]:
+        """The pool's part of the `sidp` dictionary; sizes in bytes."""
+        pool, counters = self.pool, self.pool.prefetcher.counters
+        sizes = pool.bytes()
+        return {
+            "enabled": True,
+            "dp_rank": self.dp_rank,
+            "dp_size": self.dp_size,
+            "pool": self.config.sidp_pool,
+            "placement": self.config.sidp_placement,
+            "prefetch_order": self.config.sidp_prefetch_order,
+            "mode": "was",
+            "mode_switches": 0,
+            "owned_layers": [layer for layer in range(len(pool.owners)) if pool.owns(layer)],
+            "pooled_bytes": sizes.pooled_bytes,
+            "owned_bytes": sizes.owned_bytes,
+            "replicated_bytes": cpu_memory.replicated_bytes(),
+            "cache_slots": len(pool.prefetcher.slots),
+            "cache_bytes": sizes.cache_bytes,
+            "checkpoint_bytes_read": self.reader.bytes_read,
+            "placeholders_unmaterialised": self.offloader.unmaterialised,
+            "was": {
+                "fetches": counters.fetches,
+                "bytes": counters.bytes,
+                "stall_seconds": counters.stall_seconds,
+                "resyncs": counters.resyncs,
+            },
+        }

@@ -1,0 +1,91 @@
+"""SiDP's flags on every SGLang command line, and the same as keywords of `sgl.Engine`.
+
+Room: sglang_hooks. The config rides on ServerArgs as `_sidp`, a plain dict: a private attribute
+survives the seal and the pickling into every process.
+"""
+
+import argparse
+import sys
+import uuid
+from typing import Any, NoReturn
+
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.server_args import ServerArgs
+
+from sidp_sgl.config import SidpConfig, SidpError, flag_name
+from sidp_sgl.sglang_hooks.required import Hook, check_version
+
+ATTRIBUTE = "_sidp"
+
+
+def config_of(server_args: Any) -> SidpConfig | None:
+    """The SidpConfig of an engine that was started with --sidp, else None."""
+    values = getattr(server_args, ATTRIBUTE, None)
+    return SidpConfig(**values) if values else None
+
+
+def attach(server_args: Any, config: SidpConfig) -> None:
+    setattr(server_args, ATTRIBUTE, config.as_dict())
+
+
+def exit_with(error: SidpError) -> NoReturn:
+    """End a command-line process with one line."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def is_command_line(server_args: Any) -> bool:
+    return getattr(server_args, "_sidp_command_line", False)
+
+
+def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("SiDP (sidp_sgl)")
+    for name, options in SidpConfig.flags().items():
+        if name == "sidp":
+            group.add_argument("--sidp", action="store_true", help=options["help"])
+        else:
+            group.add_argument(flag_name(name), **options)
+
+
+def _from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
+    server_args = original(cls, args)
+    values = {name: getattr(args, name) for name in SidpConfig.flags() if hasattr(args, name)}
+    try:
+        _attach_checked(server_args, values)
+    except SidpError as error:
+        exit_with(error)
+    server_args._sidp_command_line = True
+    return server_args
+
+
+def _server_args_from_keywords(**keywords: Any) -> ServerArgs:
+    """Stands for `ServerArgs` in `Engine(**keywords)`."""
+    values = {name: keywords.pop(name) for name in SidpConfig.flags() if name in keywords}
+    unknown = [name for name in keywords if name.startswith("sidp")]
+    if unknown:
+        raise SidpError(
+            f"Engine keyword {unknown[0]} is unknown: SiDP takes {', '.join(SidpConfig.flags())}"
+        )
+    server_args = ServerArgs(**keywords)
+    _attach_checked(server_args, values)
+    return server_args
+
+
+def _attach_checked(server_args: Any, values: dict[str, Any]) -> None:
+    config = SidpConfig.from_values(values)
+    if config.sidp:
+        check_version()
+        attach(server_args, config.with_group(uuid.uuid4().hex))
+
+
+def install_keywords() -> None:
+    """Let `sgl.Engine` take SiDP's keywords (hooking `Engine.__init__` would come too late)."""
+    if Engine.server_args_class is ServerArgs:
+        Engine.server_args_class = staticmethod(_server_args_from_keywords)
+
+
+HOOKS = [
+    Hook("sglang.srt.server_args.ServerArgs.add_cli_args", _add_flags, HookType.AFTER),
+    Hook("sglang.srt.server_args.ServerArgs.from_cli_args", _from_cli_args, HookType.AROUND),
+]

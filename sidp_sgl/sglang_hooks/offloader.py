@@ -1,0 +1,115 @@
+"""SGLang's offloader interface as the way into the model: sees every layer, runs after loading.
+
+Room: sglang_hooks. While layers are built, those of other ranks become placeholders; after
+loading, the rank's own tensors move into its blocks, the ranks meet, and the slots take over.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.utils.offloader import BaseOffloader
+from torch import nn
+
+from sidp_sgl.config import SidpError
+from sidp_sgl.sglang_hooks import cpu_memory, placeholders
+from sidp_sgl.sglang_hooks.required import Hook
+from sidp_sgl.sglang_hooks.units import Unit, find_units
+from sidp_sgl.weightpool.layout import make_layout
+from sidp_sgl.weightpool.pool import WeightPool
+
+MeetPeers = Callable[[WeightPool], None]
+
+
+class PoolOffloader(BaseOffloader):
+    """Connects one model to one pool. `meet_peers` connects the pool with those of the others."""
+
+    def __init__(self, pool: WeightPool, pooled_units: str, meet_peers: MeetPeers) -> None:
+        self._pool = pool
+        self._pooled_units = pooled_units
+        self._meet_peers = meet_peers
+        self._layers: list[tuple[nn.Module, list[Unit]]] = []
+        self._placeholder_units: set[int] = set()
+        self.unmaterialised = 0  # placeholder tensors that held no memory when loading had ended
+
+    def hook(self) -> Hook:
+        return Hook("sglang.srt.utils.offloader.create_offloader", lambda _: self, HookType.AROUND)
+
+    def is_placeholder(self, module: nn.Module) -> bool:
+        return id(module) in self._placeholder_units
+
+    def wrap_modules(
+        self, all_modules_generator: Iterable[nn.Module], *_: Any, **__: Any
+    ) -> list[nn.Module]:
+        if self._layers:
+            raise SidpError("--sidp: the model has a second stack of layers, which can't be pooled")
+        for index, layer in enumerate(all_modules_generator):
+            units = find_units(layer, index, self._pooled_units)
+            self._layers.append((layer, units))
+            if index < len(self._pool.owners) and not self._pool.owns(index):
+                for unit in units:
+                    self._placeholder_units.add(id(unit.module))
+                for name, _ in list(placeholders.named_tensors(_pairs(units))):
+                    placeholders.make_placeholder(layer, name)
+        if len(self._layers) != len(self._pool.owners):
+            raise SidpError(
+                f"--sidp: the model has {len(self._layers)} layers where its config says "
+                f"{len(self._pool.owners)}"
+            )
+        return [layer for layer, _ in self._layers]
+
+    def post_init(self) -> None:
+        self._move_into_blocks()
+        self._meet_peers(self._pool)
+        views = self._pool.start()
+        for index, (layer, units) in enumerate(self._layers):
+            if not self._pool.owns(index):
+                self._view_slots(layer, units, views[index])
+            for unit in units:
+                self._wrap_forward(unit.module, index, is_last=unit is units[-1])
+        sizes = self._pool.bytes()
+        cpu_memory.charge_pool(sizes.owned_bytes + sizes.cache_bytes)
+        self._layers[0][0]._derived_weight_cache_error = (
+            "weights can't be updated at run time with --sidp: restart the engine"
+        )
+
+    def _move_into_blocks(self) -> None:
+        own = [index for index in range(len(self._layers)) if self._pool.owns(index)]
+        tensors = {
+            index: list(placeholders.named_tensors(_pairs(self._layers[index][1]))) for index in own
+        }
+        blocks = self._pool.own({index: make_layout(tensors[index]) for index in own})
+        for index in own:
+            for name, parameter in tensors[index]:
+                blocks[index][name].copy_(parameter)
+                placeholders.view_pool(self._layers[index][0], name, blocks[index][name])
+            tensors[index].clear()  # frees the originals layer by layer
+
+    def _view_slots(
+        self, layer: nn.Module, units: list[Unit], views: dict[str, torch.Tensor]
+    ) -> None:
+        for name, parameter in list(placeholders.named_tensors(_pairs(units))):
+            if not parameter.is_meta:
+                raise SidpError(f"--sidp: {name} of another rank's layer was materialised")
+            view = views[name]
+            if view.shape != parameter.shape or view.dtype != parameter.dtype:
+                raise SidpError(f"--sidp: {name} differs from its owner's in shape or dtype")
+            self.unmaterialised += 1
+            placeholders.view_pool(layer, name, view)
+
+    def _wrap_forward(self, module: nn.Module, index: int, *, is_last: bool) -> None:
+        forward, pool = module.forward, self._pool
+
+        def pooled_forward(*args: Any, **kwargs: Any) -> Any:
+            pool.enter(index)
+            result = forward(*args, **kwargs)
+            if is_last:
+                pool.leave(index)
+            return result
+
+        module.forward = pooled_forward
+
+
+def _pairs(units: list[Unit]) -> list[tuple[str, nn.Module]]:
+    return [(unit.name, unit.module) for unit in units]
