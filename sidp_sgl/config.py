@@ -100,7 +100,9 @@ class SidpConfig:
         if not self.sidp:
             changed = [n for n, o in self.flags().items() if getattr(self, n) != o["default"]]
             if changed:
-                raise SidpUsageError(f"{flag_name(changed[0])} has no effect without --sidp: add it")
+                raise SidpUsageError(
+                    f"{flag_name(changed[0])} has no effect without --sidp: add it"
+                )
         return self
 
     def with_group(self, group: str) -> "SidpConfig":

@@ -14,7 +14,7 @@ from sglang.srt.runtime_context import get_parallel
 from sidp_sgl import __version__
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.rendezvous import Offer, exchange
-from sidp_sgl.sglang_hooks import arguments, cpu_memory, required
+from sidp_sgl.sglang_hooks import arguments, cpu_memory, refusals, required
 from sidp_sgl.sglang_hooks.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.required import Hook
@@ -31,6 +31,7 @@ def register() -> None:
     """Every process, before argument parsing."""
     required.apply(arguments.HOOKS)
     arguments.install_keywords()
+    refusals.install()
     required.apply([Hook("sglang.srt.runtime_context.publish", _on_publish, HookType.AFTER)])
     from sglang.srt.platforms import current_platform
 
@@ -49,6 +50,8 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
         required.apply(cpu_controller.CONTROLLER_HOOKS)
     if config is None:
         return
+    if role == "tokenizer":
+        required.apply(refusals.runtime_hooks())
     if role == "scheduler":
         Rank(server_args, config).start()
 

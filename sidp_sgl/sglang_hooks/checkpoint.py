@@ -30,7 +30,10 @@ class CheckpointReader:
         self._skipped: re.Pattern[str] | None = None
 
     def hooks(self) -> list[Hook]:
-        iterators = ("safetensors_weights_iterator", "buffered_multi_thread_safetensors_weights_iterator")
+        iterators = (
+            "safetensors_weights_iterator",
+            "buffered_multi_thread_safetensors_weights_iterator",
+        )
         module = "sglang.srt.model_loader.weight_utils"
         return [
             Hook(

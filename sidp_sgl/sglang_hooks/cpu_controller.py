@@ -43,7 +43,5 @@ CONTROLLER_HOOKS = [
     ),
 ]
 MEMORY_HOOKS = [
-    Hook(
-        "sglang.srt.utils.common.get_available_gpu_memory", _available_memory, HookType.AROUND
-    ),
+    Hook("sglang.srt.utils.common.get_available_gpu_memory", _available_memory, HookType.AROUND),
 ]

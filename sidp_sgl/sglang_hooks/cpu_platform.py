@@ -22,7 +22,11 @@ def activate() -> str | None:
     """Return the platform's class path, or None where another platform should win."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return None
-    accelerators = [torch.cuda.is_available, torch.xpu.is_available, torch.backends.mps.is_available]
+    accelerators = [
+        torch.cuda.is_available,
+        torch.xpu.is_available,
+        torch.backends.mps.is_available,
+    ]
     for name in ("npu", "musa", "hpu"):
         module = getattr(torch, name, None)
         if module is not None:

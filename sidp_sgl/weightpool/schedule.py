@@ -52,7 +52,8 @@ def make_schedule(
     order = tuple(fetched)
     if prefetch_order == "shifted":
         order = _shifted(fetched, rank, num_ranks, num_slots).order
-    return FetchSchedule(order, dict(zip(fetched, slot_runs(len(fetched), num_slots))), num_slots)
+    slots = slot_runs(len(fetched), num_slots)
+    return FetchSchedule(order, dict(zip(fetched, slots, strict=True)), num_slots)
 
 
 def slot_runs(num_layers: int, num_slots: int) -> list[int]:

@@ -3,14 +3,14 @@
 import time
 
 from sidp_sgl.weightpool.shm_memory import SharedWords
-from sidp_sgl.weightpool.transport import WAIT_SECONDS, TransportError, Turns
+from sidp_sgl.weightpool.transport import WAIT_SECONDS, TransportError
 
 _NEXT_TICKET, _NOW_SERVING, _LINK_FREE_AT = range(3)
 NUM_WORDS = 3
 _POLL_SECONDS = 50e-6
 
 
-class OwnerPort(Turns):
+class OwnerPort:
     """What a reader of `owner` holds. All state lies in the owner's shared words."""
 
     def __init__(self, owner: int, fd: int, link_bytes_per_second: float | None) -> None:

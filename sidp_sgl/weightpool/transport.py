@@ -18,8 +18,8 @@ class TransportError(RuntimeError):
     """A wait ran out or a peer's memory could not be used."""
 
 
-class Event(ABC):
-    """A point in a stream's work."""
+class Event:
+    """A point in a stream's work. Each transport has its own."""
 
 
 class Stream(ABC):
@@ -34,10 +34,6 @@ class Stream(ABC):
         """Later work of this stream waits for the event's latest mark."""
 
 
-class Turns(ABC):
-    """An owner's queue of readers: one at a time, first come, first served."""
-
-
 class CopyStream(Stream):
     """The stream that fetches."""
 
@@ -47,7 +43,8 @@ class CopyStream(Stream):
 
     @abstractmethod
     def take_turn(self, source: "PeerBlock") -> None:
-        """Later work waits until the source's owner serves this rank and no other."""
+        """Later work waits until the source's owner serves this rank and no other: an owner
+        serves one reader at a time, first come, first served."""
 
     @abstractmethod
     def end_turn(self, source: "PeerBlock") -> None:

@@ -1,0 +1,191 @@
+"""What --sidp does not work with yet: refused in one line, before anything is loaded.
+
+Room: sglang_hooks. One table of SGLang's flags, one list of run-time calls.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fastapi
+from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_context
+
+from sidp_sgl.config import SidpConfig, SidpUsageError
+from sidp_sgl.sglang_hooks import arguments
+from sidp_sgl.sglang_hooks.required import Hook
+from sidp_sgl.weightpool.placement import owners
+from sidp_sgl.weightpool.schedule import shifted_slots
+
+
+class Rule(NamedTuple):
+    """A value of a ServerArgs field that is refused."""
+
+    field: str
+    is_refused: Callable[[Any], bool]
+    flag: str
+    reason: str
+
+
+def _more_than_one(value: Any) -> bool:
+    return value is not None and int(value) > 1
+
+
+RULES = [
+    Rule("tp_size", _more_than_one, "--tp-size", "tensor parallelism is not supported yet"),
+    Rule("pp_size", _more_than_one, "--pp-size", "pipeline parallelism is not supported yet"),
+    Rule("ep_size", _more_than_one, "--ep-size", "expert parallelism is not supported yet"),
+    Rule("attn_dp_size", _more_than_one, "--attn-dp-size", "DP attention shards the FFN itself"),
+    Rule("enable_dp_attention", bool, "--enable-dp-attention", "DP attention shards the FFN itself"),
+    Rule("attn_cp_size", _more_than_one, "--attn-cp-size", "context parallelism is not supported"),
+    Rule("nnodes", _more_than_one, "--nnodes", "the ranks of a group must share one node"),
+    Rule("speculative_algorithm", bool, "--speculative-algorithm", "drafts are not supported yet"),
+    Rule("enable_lora", bool, "--enable-lora", "adapters on pooled layers are not supported yet"),
+    Rule("lora_paths", bool, "--lora-paths", "adapters on pooled layers are not supported yet"),
+    Rule("enable_memory_saver", bool, "--enable-memory-saver", "peers read this rank's weights"),
+    Rule("weight_cache_mode", lambda v: v not in (None, "off"), "--weight-cache-mode",
+         "the weights are pooled already"),
+    Rule("cpu_offload_gb", lambda v: bool(v and v > 0), "--cpu-offload-gb", "both move weights"),
+    Rule("offload_group_size", lambda v: bool(v and v > 0), "--offload-group-size",
+         "both move weights"),
+    Rule("enable_torch_compile", bool, "--enable-torch-compile", "it would trace fixed weights"),
+    Rule("enable_two_batch_overlap", bool, "--enable-two-batch-overlap",
+         "two batches would share one slot"),
+    Rule("dwdp_size", _more_than_one, "--dwdp-size", "both distribute weights"),
+    Rule("elastic_ep_backend", bool, "--elastic-ep-backend", "the group has a fixed size"),
+    Rule("disaggregation_mode", lambda v: v not in (None, "null"), "--disaggregation-mode",
+         "disaggregation is not supported yet"),
+    Rule("encoder_only", bool, "--encoder-only", "there is no decoder to pool"),
+    Rule("use_ray", bool, "--use-ray", "ranks must be processes of one launcher"),
+    Rule("grpc_mode", bool, "--grpc-mode", "a lost rank could not be reported"),
+    Rule("smg_grpc_mode", bool, "--smg-grpc-mode", "a lost rank could not be reported"),
+    Rule("tokenizer_worker_num", _more_than_one, "--tokenizer-worker-num",
+         "a lost rank could not be reported to every worker"),
+    Rule("quantization", bool, "--quantization", "quantised blocks are not supported yet"),
+    Rule("load_format", lambda v: v not in (None, "auto", "safetensors"), "--load-format",
+         "ranks read their own tensors from safetensors files only"),
+    Rule("startup_weight_load_mode", lambda v: v == "overlap", "--startup-weight-load-mode",
+         "each rank loads its own tensors"),
+]  # fmt: skip
+
+# Calls of the tokenizer manager that would read or write whole weights at run time.
+_WEIGHT_CALLS = [
+    "begin_weight_update", "init_weights_update_group", "update_weights_from_disk",
+    "update_weights_from_distributed", "update_weights_from_tensor", "update_weights_from_ipc",
+    "get_weights_by_name", "release_memory_occupation", "resume_memory_occupation",
+    "check_weights", "init_weights_send_group_for_remote_instance",
+    "send_weights_to_remote_instance",
+]  # fmt: skip
+
+
+class WeightsAreFixed(fastapi.HTTPException, SidpUsageError):
+    """A call that --sidp refuses at run time; HTTP status 400."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__(
+            status_code=400,
+            detail=f"{call} is not supported with --sidp: weights are pooled and fixed; "
+            "restart the engine with the new weights, or without --sidp",
+        )
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+def check_flags(server_args: Any, config: SidpConfig) -> None:
+    """Raise SidpUsageError for the first flag that does not go with --sidp."""
+    cfg = resolving_view(server_args)
+    for rule in RULES:
+        value = getattr(cfg, rule.field, None)
+        if rule.is_refused(value):
+            raise SidpUsageError(
+                f"{rule.flag} {value} does not work with --sidp: {rule.reason}; "
+                f"drop {rule.flag} or --sidp"
+            )
+    if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true"):
+        raise SidpUsageError("SGLANG_RUST_SERVER does not work with --sidp: unset it")
+    if cfg.dp_size < 2:
+        raise SidpUsageError(
+            f"--sidp needs --dp-size 2 or more, got {cfg.dp_size}: a single rank has nobody to "
+            "share weights with"
+        )
+
+
+def check_model(server_args: Any, config: SidpConfig) -> None:
+    """Raise SidpUsageError for a device, a model or slots that can't be pooled."""
+    cfg = resolving_view(server_args)
+    if cfg.device != "cpu":
+        raise SidpUsageError(f"--sidp does not run on --device {cfg.device} yet: use --device cpu")
+    model = Path(cfg.model_path)
+    if model.is_dir() and not any(model.glob("*.safetensors")):
+        raise SidpUsageError(
+            f"--model-path {model} holds no *.safetensors files, which --sidp reads tensor by "
+            "tensor: convert the checkpoint, or drop --sidp"
+        )
+    model_config = model_config_of(server_args)
+    if getattr(model_config.hf_config, "quantization_config", None):
+        raise SidpUsageError(
+            f"--model-path {model} is quantised, which --sidp does not support yet: use the "
+            "unquantised checkpoint, or drop --sidp"
+        )
+    check_slots(config, model_config.num_hidden_layers, cfg.dp_size)
+
+
+def check_slots(config: SidpConfig, num_layers: int, num_ranks: int) -> None:
+    """Raise SidpUsageError where --sidp-cache-slots does not fit the model and the order."""
+    slots = config.sidp_cache_slots
+    if slots is None:
+        return
+    layer_owners = owners(num_layers, num_ranks, config.sidp_placement)
+    most = num_layers - min(layer_owners.count(rank) for rank in range(num_ranks))
+    least = 1
+    if config.sidp_prefetch_order == "shifted":
+        least = max(shifted_slots(layer_owners, rank, num_ranks) for rank in range(num_ranks))
+    if not least <= slots <= most:
+        raise SidpUsageError(
+            f"--sidp-cache-slots {slots} is out of range: with {num_layers} layers, "
+            f"{num_ranks} ranks and the {config.sidp_prefetch_order} order use {least} to {most}"
+        )
+
+
+def _checked(check: Callable[[Any, SidpConfig], None]) -> Callable[[Any, Callable], None]:
+    def step(server_args: Any, previous: Callable[[Any], None]) -> None:
+        config = arguments.config_of(server_args)
+        if config is not None:
+            try:
+                check(server_args, config)
+            except SidpUsageError as error:
+                if arguments.is_command_line(server_args):
+                    arguments.exit_with(error)
+                raise
+        previous(server_args)
+
+    return step
+
+
+def _refuse_call(name: str) -> Callable:
+    def refuse(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        if arguments.config_of(get_context().server_args) is not None:
+            raise WeightsAreFixed(name)
+        return original(*args, **kwargs)
+
+    refuse.__qualname__ = f"refuse_{name}"
+    return refuse
+
+
+def install() -> None:
+    """Have SGLang's resolution run the checks; inert for engines without --sidp."""
+    register_resolution_hook("handle_deprecated_dp_attention")(_checked(check_flags))
+    register_resolution_hook("handle_other_validations")(_checked(check_model))
+
+
+def runtime_hooks() -> list[Hook]:
+    """Hooks of the main process that refuse to read or write whole weights at run time."""
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    engine = "sglang.srt.entrypoints.engine.Engine"
+    targets = [f"{manager}.{call}" for call in _WEIGHT_CALLS]
+    targets += [f"{engine}.save_remote_model", f"{engine}.save_sharded_model"]
+    return [Hook(t, _refuse_call(t.rpartition(".")[2]), HookType.AROUND) for t in targets]
