@@ -39,7 +39,7 @@ RULES = [
     Rule("pp_size", _more_than_one, "--pp-size", "pipeline parallelism is not supported yet"),
     Rule("ep_size", _more_than_one, "--ep-size", "expert parallelism is not supported yet"),
     Rule("attn_dp_size", _more_than_one, "--attn-dp-size", "DP attention shards the FFN itself"),
-    Rule("enable_dp_attention", bool, "--enable-dp-attention", "DP attention shards the FFN itself"),
+    Rule("enable_dp_attention", bool, "--enable-dp-attention", "it shards the FFN itself"),
     Rule("attn_cp_size", _more_than_one, "--attn-cp-size", "context parallelism is not supported"),
     Rule("nnodes", _more_than_one, "--nnodes", "the ranks of a group must share one node"),
     Rule("speculative_algorithm", bool, "--speculative-algorithm", "drafts are not supported yet"),

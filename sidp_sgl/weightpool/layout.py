@@ -15,7 +15,7 @@ ALIGNMENT = 256  # bytes; what cudaMalloc guarantees and vectorised kernels expe
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a block. `shape` and `stride` in elements, `offset` and `num_bytes` in bytes."""
+    """One tensor of a block: `shape`, `stride` in elements; `offset`, `num_bytes` in bytes."""
 
     name: str
     shape: tuple[int, ...]

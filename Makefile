@@ -1,0 +1,43 @@
+# One way to run everything; each target installs first what it needs, into .venv.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test unit e2e bench lint format clean
+.DEFAULT_GOAL := install
+
+install: $(INSTALLED)
+
+# uv takes the complete SGLang in under a minute; where it is absent, pip brings it.
+$(INSTALLED): pyproject.toml
+	@test -x $(PYTHON) || python3 -m venv $(VENV)
+	@command -v uv >/dev/null || test -x $(VENV)/bin/uv || $(PYTHON) -m pip install --quiet uv
+	PATH="$$PATH:$(VENV)/bin" uv pip install --quiet --compile-bytecode --python $(PYTHON) --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(PYTHON) -m examples.demo
+
+test: unit e2e
+
+unit: install
+	$(PYTHON) -m pytest tests/unit
+
+e2e: install
+	$(PYTHON) -m pytest tests/e2e
+
+bench: install
+	$(PYTHON) -m bench.prefetch_order
+	$(PYTHON) -m bench.was_throughput
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,73 @@
+"""One side of a comparison: an engine in a process of its own, so that both sides are up at once
+and repeats alternate between them. An idle engine's ranks sleep."""
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from bench.offline import JobResult, run_job
+
+
+class Side:
+    """`environment` and `keywords` as for sgl.Engine; use as a context manager."""
+
+    def __init__(self, name: str, environment: dict[str, str], keywords: dict[str, Any]) -> None:
+        self.name = name
+        self.dp_size = keywords["dp_size"]
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child, environment, keywords))
+        self._process.start()
+        child.close()
+
+    def __enter__(self) -> "Side":
+        self._answer()  # started
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._pipe.send(None)
+        except OSError:
+            pass
+        self._process.join(60)
+
+    def run(self, prompts: Sequence[Any], sampling: Any) -> JobResult:
+        self._pipe.send(("run", prompts, sampling))
+        return self._answer()
+
+    def states(self) -> list[dict[str, Any]]:
+        self._pipe.send(("states",))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            result = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{self.name}: the engine's process has ended") from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+def _serve(pipe: Connection, environment: dict[str, str], keywords: dict[str, Any]) -> None:
+    os.environ.update(environment)
+    import sglang
+
+    engine = sglang.Engine(log_level="error", device="cpu", **keywords)
+    try:
+        pipe.send("started")
+        while (request := pipe.recv()) is not None:
+            try:
+                if request[0] == "run":
+                    engine.flush_cache()
+                    pipe.send(run_job(engine, keywords["dp_size"], *request[1:]))
+                else:
+                    pipe.send(engine.get_server_info()["internal_states"])
+            except Exception as error:
+                pipe.send(RuntimeError(str(error)))
+    except EOFError:
+        pass
+    finally:
+        engine.shutdown()
