@@ -1,0 +1,140 @@
+"""What does not go with --sidp is refused in one line with flag, reason and remedy, before
+anything is started: on `sgl.Engine` as an exception, on a command line as `error: …`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sglang
+
+from sidp_sgl.config import SidpError, SidpUsageError
+from sidp_sgl.sglang_hooks import refusals, required
+from tests.support.checkpoints import write_checkpoint
+
+BAD_SETTINGS = [
+    ({"dp_size": 1}, "--dp-size"),
+    ({"tp_size": 2}, "--tp-size"),
+    ({"pp_size": 2}, "--pp-size"),
+    ({"enable_dp_attention": True, "tp_size": 1}, "--enable-dp-attention"),
+    ({"nnodes": 2}, "--nnodes"),
+    ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),
+    ({"enable_lora": True}, "--enable-lora"),
+    ({"enable_memory_saver": True}, "--enable-memory-saver"),
+    ({"weight_cache_mode": "daemon"}, "--weight-cache-mode"),
+    ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
+    ({"offload_group_size": 2}, "--offload-group-size"),
+    ({"enable_torch_compile": True}, "--enable-torch-compile"),
+    ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
+    ({"dwdp_size": 2}, "--dwdp-size"),
+    ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
+    ({"disaggregation_mode": "prefill"}, "--disaggregation-mode"),
+    ({"use_ray": True}, "--use-ray"),
+    ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
+    ({"quantization": "fp8"}, "--quantization"),
+    ({"load_format": "dummy"}, "--load-format"),
+    ({"device": "cuda"}, "--device"),
+    ({"sidp_pool": "everything"}, "--sidp-pool"),
+    ({"sidp_mode": "cas"}, "--sidp-mode"),
+    ({"sidp_placement": "random"}, "--sidp-placement"),
+    ({"sidp_prefetch_order": "reverse"}, "--sidp-prefetch-order"),
+    ({"sidp_cache_slots": 0}, "--sidp-cache-slots"),
+    ({"sidp_cache_slots": 7}, "--sidp-cache-slots"),
+    ({"sidp_cache_slots": 2, "sidp_prefetch_order": "shifted", "dp_size": 4}, "--sidp-cache-slots"),
+    ({"sidp_link_gbps": -1}, "--sidp-link-gbps"),
+    ({"sidp": False, "sidp_pool": "linear"}, "--sidp-pool"),
+    ({"sidp_slots": 3}, "sidp_slots"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_layers=8)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: Any, **__: Any) -> None:
+        raise AssertionError("processes were about to be started")
+
+    monkeypatch.setattr(sglang.Engine, "_launch_scheduler_processes", launch)
+
+
+def start(checkpoint: Path, **keywords: Any) -> None:
+    defaults = {"device": "cpu", "dp_size": 2, "sidp": True, "skip_tokenizer_init": True}
+    sglang.Engine(model_path=str(checkpoint), **{**defaults, **keywords})
+
+
+@pytest.mark.parametrize(("keywords", "flag"), BAD_SETTINGS, ids=lambda v: str(v)[:40])
+def test_engine_refuses(checkpoint: Path, keywords: dict[str, Any], flag: str) -> None:
+    with pytest.raises(SidpError) as caught:
+        start(checkpoint, **keywords)
+    message = str(caught.value)
+    assert flag in message and "\n" not in message
+    assert any(word in message for word in ("use", "drop", "choose", "needs", "add", "takes"))
+
+
+def test_every_rule_has_a_case() -> None:
+    covered = {name for keywords, _ in BAD_SETTINGS for name in keywords}
+    same_flag_elsewhere = {"ep_size", "attn_dp_size", "attn_cp_size", "lora_paths", "encoder_only",
+                           "grpc_mode", "smg_grpc_mode", "startup_weight_load_mode"}  # fmt: skip
+    assert {rule.field for rule in refusals.RULES} - same_flag_elsewhere <= covered
+
+
+def test_rules_name_fields_that_sglang_has() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    fields = set(ServerArgs.__struct_fields__)
+    assert {rule.field for rule in refusals.RULES} <= fields
+
+
+def test_checkpoints_without_safetensors_or_quantised(tmp_path: Path, checkpoint: Path) -> None:
+    import json
+    import shutil
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(checkpoint / "config.json", bare)
+    with pytest.raises(SidpUsageError, match="safetensors"):
+        start(bare)
+
+
+def test_another_sglang_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(required, "sglang_version", "0.5.22")
+    with pytest.raises(SidpError, match=r"made for SGLang 0\.5\.23, found 0\.5\.22; install"):
+        start(checkpoint)
+
+
+def test_a_missing_hook_target_is_named() -> None:
+    from sglang.srt.plugins.hook_registry import HookType
+
+    hook = required.Hook("sglang.srt.server_args.ServerArgs.gone", print, HookType.AFTER)
+    with pytest.raises(SidpError, match=r"no sglang\.srt\.server_args\.ServerArgs\.gone to hook"):
+        required.apply([hook])
+
+
+def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sglang.launch_server", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+
+
+def test_command_line_refuses_in_one_line(checkpoint: Path) -> None:
+    run = command_line("--model-path", str(checkpoint), "--device", "cpu", "--sidp")
+    assert run.returncode == 2
+    errors = [line for line in run.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "--dp-size 2 or more" in errors[0]
+    assert "Traceback" not in run.stderr
+
+
+def test_help_shows_the_flags() -> None:
+    run = command_line("--help")
+    assert run.returncode == 0
+    for flag in ("--sidp ", "--sidp-pool", "--sidp-cache-slots", "--sidp-link-gbps"):
+        assert flag in run.stdout
