@@ -68,8 +68,7 @@ def make_layout(tensors: Iterable[tuple[str, torch.Tensor]]) -> BlockLayout:
     """
     specs, offset = [], 0
     for name, tensor in tensors:
-        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        if tensor.numel() == 0 or span != tensor.numel():
+        if tensor.numel() == 0 or not _is_dense(tensor):
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} is empty or not dense")
         num_bytes = tensor.numel() * tensor.element_size()
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -78,3 +77,14 @@ def make_layout(tensors: Iterable[tuple[str, torch.Tensor]]) -> BlockLayout:
         )
         offset = align(offset + num_bytes)
     return BlockLayout(tuple(specs), offset)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """True for a contiguous tensor and for one with its dimensions in another order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
