@@ -44,39 +44,39 @@ def make_schedule(
     num_slots = min(num_slots, len(fetched))
     if not fetched:
         return FetchSchedule((), {}, 0)
-    if prefetch_order == "shifted" and num_slots < len(fetched):
-        needed = shifted_slots(owners, rank, num_ranks)
-        if num_slots < needed:
-            raise ValueError(f"the shifted order needs {needed} slots")
-        return _shifted(fetched, rank, num_ranks, num_slots)
-    order = tuple(fetched)
     if prefetch_order == "shifted":
-        order = _shifted(fetched, rank, num_ranks, num_slots).order
-    slots = slot_runs(len(fetched), num_slots)
-    return FetchSchedule(order, dict(zip(fetched, slots, strict=True)), num_slots)
+        return _shifted(fetched, rank, num_ranks, num_slots, shifted_slots(owners, rank, num_ranks))
+    slots = assign_slots(len(fetched), num_slots)
+    return FetchSchedule(tuple(fetched), dict(zip(fetched, slots, strict=True)), num_slots)
 
 
-def slot_runs(num_layers: int, num_slots: int) -> list[int]:
-    """Slots of the fetched layers, so that a slot comes back as late as possible, also at the wrap.
+def assign_slots(num_layers: int, num_slots: int) -> list[int]:
+    """Slots of the fetched layers: each comes back as late as possible, also across the step's end.
 
-    0 1 2 0 1 2 0 | 0 1 2 … would block the prefetch across the end of the step; runs of
-    `num_slots` and `num_slots - 1` (0 1 2 0 1 0 1 | 0 1 2 …) keep at least num_slots - 1 apart.
+    Plain turns (0 1 2 0 1 2 0 | 0 1 2 …) would stop the prefetch where a step ends. So a layer
+    takes the slot that is farthest from its last use and, in the next step, from its first
+    (0 1 2 0 1 2 1 | 0 1 2 …). The later a slot comes back, the earlier its fetch can start.
     """
-    full, rest = divmod(num_layers, num_slots)
-    runs = [num_slots] * full
-    if rest:
-        short = num_slots - rest  # so many full runs give one layer each to the last run
-        if num_slots > 1 and full + 1 >= short:
-            runs = [num_slots] * (full + 1 - short) + [num_slots - 1] * short
-        else:
-            runs.append(rest)
-    return [slot for run in runs for slot in range(run)]
+    slots = list(range(num_slots))
+    last_use = list(range(num_slots))  # slot → layer
+
+    def distance(slot: int, layer: int) -> tuple[int, int]:
+        since_last = layer - last_use[slot]
+        return min(since_last, num_layers + slot - layer), since_last
+
+    for layer in range(num_slots, num_layers):
+        slot = max(range(num_slots), key=lambda slot: distance(slot, layer))
+        slots.append(slot)
+        last_use[slot] = layer
+    return slots
 
 
 def shifted_slots(owners: Sequence[int], rank: int, num_ranks: int) -> int:
     """Slots that the shifted order needs: the most layers that `rank` fetches in one cycle."""
     cycles = range(0, len(owners), num_ranks)
-    return max(sum(owner != rank for owner in owners[c : c + num_ranks]) for c in cycles)
+    return max(
+        (sum(owner != rank for owner in owners[c : c + num_ranks]) for c in cycles), default=0
+    )
 
 
 def default_slots(owners: Sequence[int], num_ranks: int, prefetch_order: str) -> int:
@@ -86,13 +86,20 @@ def default_slots(owners: Sequence[int], num_ranks: int, prefetch_order: str) ->
     return DEFAULT_SLOTS
 
 
-def _shifted(fetched: list[int], rank: int, num_ranks: int, num_slots: int) -> FetchSchedule:
+def _shifted(
+    fetched: list[int], rank: int, num_ranks: int, num_slots: int, cycle_slots: int
+) -> FetchSchedule:
     """Peak shifting (SiDP, arXiv 2605.28095): in the cycle that starts at layer c, rank r starts
-    at layer c + r and wraps around within the cycle."""
+    at layer c + r and wraps around within the cycle. Slots for k cycles are used in turn."""
+    if num_slots < cycle_slots:
+        raise ValueError(f"the shifted order needs {cycle_slots} slots")
     order: list[int] = []
     slot_of: dict[int, int] = {}
     for cycle in sorted({layer // num_ranks for layer in fetched}):
         layers = [layer for layer in fetched if layer // num_ranks == cycle]
-        slot_of.update({layer: slot for slot, layer in enumerate(layers)})
+        first_slot = cycle % (num_slots // cycle_slots) * cycle_slots
+        slot_of.update({layer: first_slot + index for index, layer in enumerate(layers)})
         order += sorted(layers, key=lambda layer: (layer - rank) % num_ranks)
-    return FetchSchedule(tuple(order), slot_of, num_slots)
+    if num_slots == len(fetched):
+        slot_of = {layer: slot for slot, layer in enumerate(fetched)}
+    return FetchSchedule(tuple(order), slot_of, max(slot_of.values()) + 1)

@@ -96,5 +96,5 @@ def test_meta_tensors_have_the_same_layout(tensor: torch.Tensor) -> None:
     ids=["narrowed", "expanded", "strided", "empty", "gaps and overlaps"],
 )
 def test_what_a_block_cannot_hold_is_refused_by_name(tensor: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="mlp.weight"):
+    with pytest.raises(ValueError, match=r"mlp\.weight"):
         make_layout([("mlp.weight", tensor)])
