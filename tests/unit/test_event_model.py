@@ -1,0 +1,102 @@
+"""The event model against the figures that the project starts from, and against reason.
+
+The table is that of the project's seeds (event model, 64 layers, one outstanding fetch per rank,
+step time over the ideal). How it was averaged over ranks is not said; where ranks differ, its
+figures lie between ours for all ranks and for the slowest.
+"""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidp_sgl.planner.event_model import Setting, StepTime, relative_step_time
+
+LAYERS = 64
+# (ranks, f/τ): in order with d−1 slots, shifted with d−1 slots, ticketed with 2 and with 3 slots
+SEEDS = {
+    (4, 0.5): (1.00, 1.25, 1.00, 1.00),
+    (4, 0.9): (1.31, 1.79, 1.00, 1.00),
+    (4, 1.0): (1.50, 2.00, 1.00, 1.00),
+    (8, 0.5): (1.75, 1.17, 1.00, 1.00),
+    (8, 0.9): (3.15, 1.62, 1.00, 1.00),
+    (8, 1.0): (3.50, 1.80, 1.16, 1.00),
+}
+SEEDS_WITH_JITTER = {(8, 0.9): 1.01, (8, 1.0): 1.02}  # ticketed, 3 slots, jitter 10 %
+
+
+def modelled(num_ranks: int, fetch: float, order: str, slots: int, jitter: float = 0) -> StepTime:
+    setting = Setting(num_ranks, LAYERS, order, slots, fetch, jitter)
+    return relative_step_time(setting, num_steps=12, warm_up=18)
+
+
+@pytest.mark.parametrize(("num_ranks", "fetch"), SEEDS)
+def test_in_order(num_ranks: int, fetch: float) -> None:
+    expected = SEEDS[num_ranks, fetch][0]
+    time = modelled(num_ranks, fetch, "sequential", num_ranks - 1)
+    assert time.all_ranks == pytest.approx(expected, abs=0.01)
+    assert time.slowest_rank == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(("num_ranks", "fetch"), SEEDS)
+def test_shifted(num_ranks: int, fetch: float) -> None:
+    """The first and the last rank of a cycle are faster than those between."""
+    expected = SEEDS[num_ranks, fetch][1]
+    time = modelled(num_ranks, fetch, "shifted", num_ranks - 1)
+    assert time.all_ranks * 0.97 <= expected <= time.slowest_rank * 1.03
+
+
+@pytest.mark.parametrize(("num_ranks", "fetch"), SEEDS)
+def test_ticketed_with_three_slots_hides_every_fetch(num_ranks: int, fetch: float) -> None:
+    """Up to 2 % where 3 does not divide the fetched layers: one short gap where steps meet."""
+    time = modelled(num_ranks, fetch, "ticketed", 3)
+    assert time.slowest_rank == pytest.approx(SEEDS[num_ranks, fetch][3], abs=0.025)
+
+
+@pytest.mark.parametrize(("num_ranks", "fetch"), SEEDS_WITH_JITTER)
+def test_ticketed_with_three_slots_and_jitter(num_ranks: int, fetch: float) -> None:
+    time = modelled(num_ranks, fetch, "ticketed", 3, jitter=0.1)
+    assert time.all_ranks == pytest.approx(SEEDS_WITH_JITTER[num_ranks, fetch], abs=0.03)
+
+
+@pytest.mark.parametrize(("num_ranks", "fetch"), SEEDS)
+def test_ticketed_with_two_slots_is_between(num_ranks: int, fetch: float) -> None:
+    """Two slots have several stable rhythms, from no stall to about 1.25, depending on when the
+    ranks happen to start; the table has one of them, so only the range can be compared."""
+    time = modelled(num_ranks, fetch, "ticketed", 2)
+    assert 0.99 <= time.all_ranks <= 1.26
+    assert abs(time.all_ranks - SEEDS[num_ranks, fetch][2]) <= 0.17
+
+
+@pytest.mark.parametrize("order", ["sequential", "shifted", "ticketed"])
+def test_a_link_that_is_fast_enough_for_all_costs_nothing(order: str) -> None:
+    assert modelled(4, 0.05, order, 3).slowest_rank == pytest.approx(1.0, abs=0.05)
+
+
+def test_resident_layers_are_fetched_once() -> None:
+    """With a slot for every fetched layer, even a hopeless link is idle after the first step."""
+    assert modelled(4, 10.0, "ticketed", LAYERS).slowest_rank == pytest.approx(1.0)
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(2, 6),
+    st.integers(1, 14),
+    st.sampled_from(["sequential", "ticketed", "shifted"]),
+    st.sampled_from(["interleaved", "contiguous"]),
+    st.integers(1, 5),
+    st.floats(0.1, 3.0),
+)
+def test_bounds_for_any_setting(
+    num_ranks: int, num_layers: int, order: str, placement: str, slots: int, fetch: float
+) -> None:
+    """Never faster than the compute, never slower than if every fetch of the group took turns."""
+    slots += num_ranks if order == "shifted" else 0
+    setting = Setting(num_ranks, num_layers, order, slots, fetch, placement=placement)
+    time = relative_step_time(setting, num_steps=4, warm_up=4)
+    assert 1 - 1e-6 <= time.all_ranks <= time.slowest_rank <= 1 + fetch * num_ranks
+
+
+def test_the_same_seed_gives_the_same_figure() -> None:
+    setting = Setting(4, 16, "ticketed", 2, 0.9, jitter=0.1, start_spread=16.0)
+    assert relative_step_time(setting, seed=3) == relative_step_time(setting, seed=3)
+    assert relative_step_time(setting, seed=3) != relative_step_time(setting, seed=4)
