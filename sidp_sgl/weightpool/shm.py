@@ -76,24 +76,24 @@ class ShmCopyStream(CopyStream):
 
     def __init__(self, ports: dict[int, OwnerPort]) -> None:
         self._ports = ports
-        self._work: deque[Callable[[], None]] = deque()
+        self._work: deque[Callable[[], None] | None] = deque()  # None ends the thread
         self._not_empty = threading.Semaphore(0)
         self.failure: BaseException | None = None
-        self._closed = False
         self._thread = threading.Thread(target=self._run, name="sidp-copy", daemon=True)
         self._thread.start()
 
-    def _enqueue(self, work: Callable[[], None]) -> None:
+    def _enqueue(self, work: Callable[[], None] | None) -> None:
         self._work.append(work)
         self._not_empty.release()
 
     def _run(self) -> None:
         while True:
             self._not_empty.acquire()
-            if self._closed:
+            work = self._work.popleft()
+            if work is None:
                 return
             try:
-                self._work.popleft()()
+                work()
             except BaseException as failure:  # reported by whoever waits for this stream
                 self.failure = failure
                 return
@@ -135,8 +135,8 @@ class ShmCopyStream(CopyStream):
         event.wait_for(event.recorded, lambda: self.failure)
 
     def close(self) -> None:
-        self._closed = True
-        self._not_empty.release()
+        """Let the fetches under way end: a turn that stays taken would block the other readers."""
+        self._enqueue(None)
         self._thread.join(timeout=5.0)
 
 
