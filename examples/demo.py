@@ -31,7 +31,9 @@ def run(prompts: list[str], dp_size: int, **keywords: Any) -> tuple[JobResult, l
     import sglang
 
     label = "SiDP" if keywords.get("sidp") else "plain DP"
-    with tqdm(total=len(prompts), desc=f"{label:>8}: starting", unit="prompt") as bar:
+    with tqdm(
+        total=len(prompts), desc=f"{label:>8}: starting", unit="prompt", mininterval=0.5
+    ) as bar:
         engine = sglang.Engine(
             model_path=str(CHECKPOINT), device="cpu", dp_size=dp_size, log_level="error", **keywords
         )
@@ -70,6 +72,7 @@ def main() -> int:
     parser.add_argument("--device-memory", default=DEVICE_MEMORY, help="of each pretended device")
     args = parser.parse_args()
     os.environ["SIDP_CPU_DEVICE_MEMORY"] = args.device_memory
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of SGLang's imports, once per process
 
     header = few_shot_header(num_tokens_min=HEADER_TOKENS)
     problems = held_out_problems(args.problems)

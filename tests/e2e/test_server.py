@@ -1,0 +1,64 @@
+"""SiDP behind SGLang's HTTP server: its own and the OpenAI endpoints, streaming, status."""
+
+import json
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
+from tests.support.server import Server, server
+
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
+HEADER = few_shot_header(num_tokens_min=160)
+(PROMPT, ANSWER), *_ = held_out_problems(1)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    arguments = ["--model-path", str(CHECKPOINT), "--device", "cpu", "--dp-size", "2", "--sidp"]
+    with server(*arguments, SIDP_CPU_DEVICE_MEMORY="64MiB") as started:
+        yield started
+
+
+def test_generate(running: Server) -> None:
+    sampling = {"temperature": 0, "max_new_tokens": 96}
+    body = {"text": HEADER + PROMPT, "sampling_params": sampling}
+    text = running.post("/generate", body)["text"]
+    assert final_answer(text) == ANSWER
+    assert running.stream("/generate", body)[-1]["text"] == text
+
+
+def test_completions(running: Server) -> None:
+    body = {"model": "demo", "prompt": HEADER + PROMPT, "max_tokens": 96, "temperature": 0}
+    text = running.post("/v1/completions", body)["choices"][0]["text"]
+    assert final_answer(text) == ANSWER
+    events = running.stream("/v1/completions", body)
+    assert "".join(event["choices"][0]["text"] for event in events) == text
+
+
+def test_chat_completions(running: Server) -> None:
+    messages = [{"role": "user", "content": HEADER + PROMPT}]
+    body = {"model": "demo", "messages": messages, "max_tokens": 96, "temperature": 0}
+    text = running.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    assert final_answer(text) == ANSWER
+    events = running.stream("/v1/chat/completions", body)
+    deltas = [event["choices"][0]["delta"].get("content") or "" for event in events]
+    assert "".join(deltas) == text
+
+
+def test_server_info_shows_every_rank(running: Server) -> None:
+    states = [state["sidp"] for state in running.get("/server_info")["internal_states"]]
+    assert sorted(status["dp_rank"] for status in states) == [0, 1]
+    for status in states:
+        assert status["enabled"] and status["mode"] == "was"
+        assert status["owned_bytes"] < status["pooled_bytes"]
+        assert status["kv_headroom_tokens"] <= status["kv_capacity_tokens"]
+
+
+def test_weight_updates_are_refused(running: Server) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        running.post("/update_weights_from_disk", {"model_path": str(CHECKPOINT)})
+    assert caught.value.code == 400
+    assert "--sidp" in json.dumps(json.load(caught.value))
