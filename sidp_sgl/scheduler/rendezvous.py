@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Offer:
     """What one rank gives to the others."""
 
     rank: int
-    fingerprint: Mapping[str, Any]  # must be equal on all ranks
+    fingerprint: Mapping[str, Any]  # JSON values; must be equal on all ranks
     content: Mapping[str, Any]  # JSON values
     file_descriptors: list[int]
 
@@ -44,21 +44,28 @@ def exchange(
     Raises RendezvousError with the reason when a rank differs or does not come in time.
     """
     deadline = time.monotonic() + timeout
-    with _listen(group, own.rank) as listener:
-        served = threading.Thread(
-            target=_serve, args=(listener, own, num_ranks - 1, deadline), daemon=True
-        )
-        served.start()
-        offers = {}
-        for rank in range(num_ranks):
-            if rank != own.rank:
-                offers[rank] = _ask(group, rank, deadline, timeout)
-                compare(own, offers[rank])
-        served.join(max(0.0, deadline - time.monotonic()))
-        if served.is_alive():
-            raise RendezvousError(
-                f"rank {own.rank} was not asked by all others within {timeout:.0f} s"
+    offers: dict[int, Offer] = {}
+    try:
+        with _listen(group, own.rank) as listener:
+            served = threading.Thread(
+                target=_serve, args=(listener, own, num_ranks - 1, deadline), daemon=True
             )
+            served.start()
+            for rank in range(num_ranks):
+                if rank != own.rank:
+                    offers[rank] = _ask(group, rank, deadline, timeout)
+            served.join(max(0.0, deadline - time.monotonic()))
+            if served.is_alive():
+                raise RendezvousError(
+                    f"rank {own.rank} was not asked by all others within {timeout:.0f} s"
+                )
+        # Not before everyone has been served: the others shall see a difference, not a silence.
+        for offer in offers.values():
+            compare(own, offer)
+    except BaseException:
+        for offer in offers.values():
+            _close_all(offer.file_descriptors)
+        raise
     return offers
 
 
@@ -92,8 +99,8 @@ def _serve(listener: socket.socket, own: Offer, num_peers: int, deadline: float)
     header = struct.pack("<QI", len(body), len(own.file_descriptors))
     served = 0
     while served < num_peers and time.monotonic() < deadline:
-        listener.settimeout(1.0)
         try:
+            listener.settimeout(1.0)
             connection, _ = listener.accept()
         except TimeoutError:
             continue
@@ -119,15 +126,15 @@ def _peer_user(connection: socket.socket) -> int:
 def _ask(group: str, rank: int, deadline: float, timeout: float) -> Offer:
     while time.monotonic() < deadline:
         try:
-            return _ask_once(group, rank)
+            return _ask_once(group, rank, deadline)
         except OSError:
             time.sleep(0.05)  # not there yet
     raise RendezvousError(f"DP rank {rank} did not come to the rendezvous within {timeout:.0f} s")
 
 
-def _ask_once(group: str, rank: int) -> Offer:
+def _ask_once(group: str, rank: int, deadline: float) -> Offer:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(30.0)
+        connection.settimeout(min(30.0, max(0.1, deadline - time.monotonic())))
         connection.connect(_address(group, rank))
         header, ancillary, _, _ = connection.recvmsg(12, socket.CMSG_SPACE(4 * _MAX_FDS))
         fds = array.array("i")
@@ -148,8 +155,12 @@ def _ask_once(group: str, rank: int) -> Offer:
                 raise ConnectionResetError("file descriptors were lost on the way")
             connection.sendall(b"\x01")
         except OSError:
-            for fd in fds:
-                os.close(fd)
+            _close_all(fds)
             raise
     message = orjson.loads(body)
     return Offer(message["rank"], message["fingerprint"], message["content"], list(fds))
+
+
+def _close_all(file_descriptors: Iterable[int]) -> None:
+    for fd in file_descriptors:
+        os.close(fd)
