@@ -22,10 +22,11 @@ _pool_bytes = 0
 def parse_bytes(text: str) -> int:
     """Bytes of '64MiB', '1.5 GB', '1000000'; raises ValueError naming the variable."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = match and _UNITS.get(match[2].upper())
-    if not match or not unit or float(match[1]) <= 0:
+    unit = _UNITS.get(match[2].upper(), 0) if match else 0
+    num_bytes = int(float(match[1]) * unit) if match else 0
+    if num_bytes < 1:
         raise ValueError(f"{VARIABLE}={text!r} is not a size: give bytes, or e.g. 64MiB or 2GB")
-    return int(float(match[1]) * unit)
+    return num_bytes
 
 
 def device_total_bytes() -> int:

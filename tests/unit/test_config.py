@@ -1,0 +1,123 @@
+"""SidpConfig: defaults, and one line that names the flag for whatever is wrong."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidp_sgl.config import (
+    MODES,
+    PLACEMENTS,
+    POOLS,
+    PREFETCH_ORDERS,
+    SidpConfig,
+    SidpUsageError,
+    flag_name,
+)
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(SidpUsageError) as raised:
+        SidpConfig.from_values(values)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert message.startswith("--sidp")
+    return message
+
+
+def test_defaults() -> None:
+    config = SidpConfig.from_values({})
+    assert config.as_dict() == {
+        "sidp": False,
+        "sidp_pool": "ffn",
+        "sidp_mode": "auto",
+        "sidp_placement": "interleaved",
+        "sidp_cache_slots": None,
+        "sidp_prefetch_order": "ticketed",
+        "sidp_link_gbps": None,
+        "group": "",
+    }
+    assert SidpConfig.from_values({"sidp": True}).sidp
+
+
+def test_every_field_but_the_group_is_a_flag_with_help() -> None:
+    flags = SidpConfig.flags()
+    assert set(flags) == {f.name for f in dataclasses.fields(SidpConfig)} - {"group"}
+    assert all(options["help"] for options in flags.values())
+    assert flag_name("sidp_link_gbps") == "--sidp-link-gbps"
+
+
+CHOICES = [
+    ("sidp_pool", POOLS),
+    ("sidp_mode", MODES),
+    ("sidp_placement", PLACEMENTS),
+    ("sidp_prefetch_order", PREFETCH_ORDERS),
+]
+
+
+@pytest.mark.parametrize(("name", "choices"), CHOICES)
+def test_known_values_pass_and_unknown_ones_are_named(name: str, choices: tuple[str, ...]) -> None:
+    for choice in choices:
+        assert getattr(SidpConfig.from_values({"sidp": True, name: choice}), name) == choice
+    for unknown in ("everything", "", None, 3):
+        message = refusal(sidp=True, **{name: unknown})
+        assert flag_name(name) in message
+        assert repr(unknown) in message
+        assert all(choice in message for choice in choices), "says what to choose from"
+
+
+@pytest.mark.parametrize("slots", [0, -1, "3", 2.0, True])
+def test_slots_out_of_range(slots: Any) -> None:
+    assert "--sidp-cache-slots" in refusal(sidp=True, sidp_cache_slots=slots)
+
+
+@pytest.mark.parametrize("rate", [0, -1.5, float("inf"), float("nan"), "fast"])
+def test_link_rate_out_of_range(rate: Any) -> None:
+    assert "--sidp-link-gbps" in refusal(sidp=True, sidp_link_gbps=rate)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_the_switch_is_a_switch(value: Any) -> None:
+    assert "--sidp is a switch" in refusal(sidp=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sidp_pool", "linear"),
+        ("sidp_mode", "was"),
+        ("sidp_placement", "contiguous"),
+        ("sidp_cache_slots", 2),
+        ("sidp_prefetch_order", "shifted"),
+        ("sidp_link_gbps", 1.0),
+    ],
+)
+def test_a_flag_without_sidp_is_refused(name: str, value: Any) -> None:
+    message = refusal(**{name: value})
+    assert flag_name(name) in message
+    assert "without --sidp" in message
+
+
+@given(
+    st.sampled_from(POOLS),
+    st.sampled_from(PLACEMENTS),
+    st.sampled_from(PREFETCH_ORDERS),
+    st.none() | st.integers(1, 1000),
+    st.none() | st.floats(1e-6, 1e6),
+)
+def test_valid_values_survive_the_way_into_other_processes(
+    pool: str, placement: str, order: str, slots: int | None, rate: float | None
+) -> None:
+    config = SidpConfig.from_values(
+        {
+            "sidp": True,
+            "sidp_pool": pool,
+            "sidp_placement": placement,
+            "sidp_prefetch_order": order,
+            "sidp_cache_slots": slots,
+            "sidp_link_gbps": rate,
+        }
+    ).with_group("engine")
+    assert SidpConfig(**config.as_dict()) == config
