@@ -1,6 +1,7 @@
 """One side of a comparison: an engine in a process of its own, so that both sides are up at once
 and repeats alternate between them. An idle engine's ranks sleep."""
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -27,10 +28,8 @@ class Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._pipe.send(None)
-        except OSError:
-            pass
         self._process.join(60)
 
     def run(self, prompts: Sequence[Any], sampling: Any) -> JobResult:

@@ -26,8 +26,8 @@ MAX_NEW_TOKENS = 96
 DEVICE_MEMORY = "7.9MB"
 
 
-def run(prompts: list[str], dp_size: int, **keywords: Any) -> tuple[JobResult, list[dict], int]:
-    """One engine, one job: the result, every rank's state, and the tokens of KV per rank."""
+def run(prompts: list[str], dp_size: int, **keywords: Any) -> tuple[JobResult, list[dict]]:
+    """One engine, one job: the result and every rank's state."""
     import sglang
 
     label = "SiDP" if keywords.get("sidp") else "plain DP"
@@ -49,14 +49,12 @@ def run(prompts: list[str], dp_size: int, **keywords: Any) -> tuple[JobResult, l
             states = engine.get_server_info()["internal_states"]
         finally:
             engine.shutdown()
-    return result, states, states[0]["memory_usage"]["token_capacity"]
+    return result, states
 
 
 def table(rows: list[tuple[str, str, str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows
-    ]
+    lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
 
@@ -84,8 +82,11 @@ def main() -> int:
         flush=True,
     )
     started = time.perf_counter()
-    plain, plain_states, plain_kv = run(prompts, args.dp_size)
-    pooled, pooled_states, pooled_kv = run(prompts, args.dp_size, sidp=True)
+    plain, plain_states = run(prompts, args.dp_size)
+    pooled, pooled_states = run(prompts, args.dp_size, sidp=True)
+    plain_kv, pooled_kv = (
+        states[0]["memory_usage"]["token_capacity"] for states in (plain_states, pooled_states)
+    )
     sidp = [state["sidp"] for state in pooled_states]
     all_weights = sidp[0]["replicated_bytes"] + sidp[0]["pooled_bytes"]
 

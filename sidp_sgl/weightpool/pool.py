@@ -85,6 +85,10 @@ class WeightPool:
         return views
 
     @property
+    def is_started(self) -> bool:
+        return self._prefetcher is not None
+
+    @property
     def prefetcher(self) -> Prefetcher:
         assert self._prefetcher is not None, "the pool has not been started"
         return self._prefetcher

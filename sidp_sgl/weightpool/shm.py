@@ -79,6 +79,7 @@ class ShmCopyStream(CopyStream):
         self._work: deque[Callable[[], None] | None] = deque()  # None ends the thread
         self._not_empty = threading.Semaphore(0)
         self.failure: BaseException | None = None
+        self._has_turn = False
         self._thread = threading.Thread(target=self._run, name="sidp-copy", daemon=True)
         self._thread.start()
 
@@ -124,10 +125,18 @@ class ShmCopyStream(CopyStream):
             port.pace(piece.numel())
 
     def take_turn(self, source: PeerBlock) -> None:
-        self._enqueue(self._ports[source.owner].take_turn)
+        self._enqueue(lambda: self._take_turn(self._ports[source.owner]))
+
+    def _take_turn(self, port: OwnerPort) -> None:
+        self._has_turn = port.take_turn()
 
     def end_turn(self, source: PeerBlock) -> None:
-        self._enqueue(self._ports[source.owner].end_turn)
+        self._enqueue(lambda: self._end_turn(self._ports[source.owner]))
+
+    def _end_turn(self, port: OwnerPort) -> None:
+        if self._has_turn:
+            port.end_turn()
+        self._has_turn = False
 
     def synchronize(self) -> None:
         event = ShmEvent()

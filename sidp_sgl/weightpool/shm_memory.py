@@ -7,11 +7,14 @@ import fcntl
 import mmap
 import os
 import struct
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_LOCK_POLL_SECONDS = 20e-6
 
 
 def create(name: str, num_bytes: int) -> int:
@@ -49,12 +52,26 @@ class SharedWords:
         struct.pack_into("<q", self._map, 8 * index, value)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+    def locked(self, timeout: float) -> Iterator[bool]:
+        """Hold the lock; False where it could not be had within `timeout` seconds, because its
+        holder was stopped in the few instructions that it guards."""
+        locked = self._try_lock(timeout)
         try:
-            yield
+            yield locked
         finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            if locked:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _try_lock(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_LOCK_POLL_SECONDS)
 
     def close(self) -> None:
         if self._fd >= 0:

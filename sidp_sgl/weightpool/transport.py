@@ -44,7 +44,8 @@ class CopyStream(Stream):
     @abstractmethod
     def take_turn(self, source: "PeerBlock") -> None:
         """Later work waits until the source's owner serves this rank and no other: an owner
-        serves one reader at a time, first come, first served."""
+        serves one reader at a time, first come, first served. Never for long: turns only make
+        fetches faster, and no rank depends on another's progress."""
 
     @abstractmethod
     def end_turn(self, source: "PeerBlock") -> None:

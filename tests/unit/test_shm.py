@@ -144,7 +144,7 @@ def test_processes_share_memory_and_turns_by_file_descriptor(owner: Owner) -> No
             assert child.wait(30) == 0
         finally:
             child.kill()
-    gate.take_turn(timeout=5.0)  # the child has ended its turn
+    assert gate.take_turn()  # the child has ended its turn
 
 
 def test_turns_are_first_come_first_served(owner: Owner) -> None:
@@ -155,7 +155,7 @@ def test_turns_are_first_come_first_served(owner: Owner) -> None:
 
     def reader(number: int) -> None:
         port = owner.port()
-        port.take_turn(timeout=20.0)
+        assert port.take_turn(patience=20.0)
         served.append(number)
         time.sleep(0.002)
         assert served[-1] == number, "two readers at a time"
@@ -173,12 +173,27 @@ def test_turns_are_first_come_first_served(owner: Owner) -> None:
     assert served == list(range(8))
 
 
-def test_waiting_for_a_turn_is_bounded(owner: Owner) -> None:
-    owner.port().take_turn()
+def test_nobody_waits_for_a_reader_that_was_stopped_in_its_turn(owner: Owner) -> None:
+    stopped, reader, other = owner.port(), owner.port(), owner.port()
+    assert stopped.take_turn()
     started = time.monotonic()
-    with pytest.raises(TransportError, match="rank 0 to serve ticket 1"):
-        owner.port().take_turn(timeout=0.1)
+    assert not reader.take_turn(patience=0.1)
     assert 0.1 <= time.monotonic() - started < 5.0
+    assert not reader.take_turn(patience=60.0), "it must not wait a second time"
+    assert not other.take_turn(patience=0.1)
+    assert reader.skipped_turns == 2 and other.skipped_turns == 1
+    stopped.end_turn()  # goes on: the tickets given back are passed over
+    for port in (reader, other, stopped):
+        assert port.take_turn(patience=20.0)
+        port.end_turn()
+
+
+def test_a_holder_of_the_lock_that_was_stopped_blocks_nobody(owner: Owner) -> None:
+    stopped, reader = owner.port(), owner.port()
+    with stopped._words.locked(1.0) as locked:
+        assert locked
+        assert not reader.take_turn()
+    assert reader.take_turn()
 
 
 @pytest.mark.parametrize("num_readers", [1, 3])
@@ -230,7 +245,7 @@ def test_closing_in_the_middle_of_a_fetch_gives_the_turn_back(owner: Owner) -> N
             transport.copy_stream.end_turn(block)
         wait_until(lambda: tickets_drawn(owner) == 1)
         transport.close()
-    owner.port().take_turn(timeout=5.0)
+    assert owner.port().take_turn()
 
 
 def test_close_is_idempotent_and_leaves_no_descriptor() -> None:
