@@ -29,15 +29,22 @@ class HostModel:
             self._next = (self._next + 1) % len(order)
 
     def compute(self, layer: int) -> None:
-        """One layer of a step. The layer's block must have been issued, at most after a restart:
-        nothing else is going to be released before it has been computed."""
+        self.enter(layer)
+        self.leave(layer)
+
+    def enter(self, layer: int) -> None:
+        """The layer's block must have been issued, at most after a restart: nothing else is going
+        to be released before this layer has been computed."""
         slot = self.schedule.slot_of.get(layer)
         if slot is None:
             return
         if self._holds[slot] != layer:
             self.restart_at(layer)
         assert self._holds[slot] == layer, f"deadlock: layer {layer} waits for its own release"
-        if not self.schedule.resident:
+
+    def leave(self, layer: int) -> None:
+        slot = self.schedule.slot_of.get(layer)
+        if slot is not None and not self.schedule.resident:
             self._free[slot] = True
             self.issue()
 
