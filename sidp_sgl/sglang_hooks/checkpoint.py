@@ -21,11 +21,10 @@ _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_p
 
 
 class CheckpointReader:
-    """One rank's reading: `skip` decides by checkpoint name; `bytes_read` counts the rest."""
+    """One rank's reading: skips the tensors of placeholder modules, counts the bytes of others."""
 
     def __init__(self, is_placeholder: Callable[[nn.Module], bool]) -> None:
         self.bytes_read = 0
-        self.bytes_skipped = 0
         self._is_placeholder = is_placeholder
         self._skipped: re.Pattern[str] | None = None
 
@@ -56,7 +55,6 @@ class CheckpointReader:
             with safetensors.safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     if self._skipped.match(name):
-                        self.bytes_skipped += 1
                         continue
                     tensor = file.get_tensor(name)
                     self.bytes_read += tensor.numel() * tensor.element_size()
@@ -65,6 +63,6 @@ class CheckpointReader:
 
 def _checkpoint_pattern(module_name: str) -> str:
     """Pattern of the checkpoint names of a unit's tensors: 'a.qkv_proj' → 'a.(q_proj|…).'"""
-    path, _, leaf = module_name.rpartition(".")
+    path, dot, leaf = module_name.rpartition(".")
     leaves = "|".join(map(re.escape, (leaf, *_STACKED.get(leaf, ()))))
-    return rf"{re.escape(path)}\.(?:{leaves})\."
+    return rf"{re.escape(path + dot)}(?:{leaves})\."

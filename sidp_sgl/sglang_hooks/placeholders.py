@@ -36,8 +36,8 @@ def make_placeholder(layer: nn.Module, name: str) -> None:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(f"{name} of a layer owned by another rank was read from the checkpoint")
 
-    attributes = {"weight_loader": refuse} if hasattr(parameter, "weight_loader") else {}
-    replace(layer, name, torch.empty_like(parameter, device="meta"), **attributes)
+    # Also where there was no loader: SGLang's default one would copy into nowhere in silence.
+    replace(layer, name, torch.empty_like(parameter, device="meta"), weight_loader=refuse)
 
 
 def view_pool(layer: nn.Module, name: str, view: torch.Tensor) -> None:
