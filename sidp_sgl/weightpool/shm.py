@@ -24,8 +24,6 @@ from sidp_sgl.weightpool.transport import (
     TransportError,
 )
 
-_PIECES = 16  # of a paced copy; readers of one owner alternate piece by piece
-
 
 class ShmEvent(Event):
     """Counts marks: `recorded` by the host when it asks, `done` when the stream gets there."""
@@ -118,7 +116,7 @@ class ShmCopyStream(CopyStream):
         if not port.paced:
             target.copy_(source.data)
             return
-        size = -(-target.numel() // _PIECES)
+        size = port.piece_bytes(target.numel())
         for start in range(0, target.numel(), size):
             piece = target[start : start + size]
             piece.copy_(source.data[start : start + size])

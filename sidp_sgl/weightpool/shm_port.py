@@ -13,6 +13,8 @@ _NEXT_TICKET, _NOW_SERVING, _ABANDONED, _LINK_FREE_AT = range(4)
 NUM_WORDS = 4
 PATIENCE_SECONDS = 1.0  # without anybody's turn ending; a fetch takes milliseconds
 _POLL_SECONDS = 50e-6
+_MAX_PIECES = 16  # of a paced fetch
+_MIN_PIECE_SECONDS = 1e-3
 _MAX_QUEUE = 60  # tickets that the bits of _ABANDONED can tell apart, and then some
 
 
@@ -82,6 +84,12 @@ class OwnerPort:
     @property
     def paced(self) -> bool:
         return self._rate is not None
+
+    def piece_bytes(self, num_bytes: int) -> int:
+        """Size of the pieces in which a fetch of `num_bytes` books the link, so that readers
+        alternate; pieces under a millisecond would take more CPU time than fairness is worth."""
+        assert self._rate is not None
+        return max(-(-num_bytes // _MAX_PIECES), int(self._rate * _MIN_PIECE_SECONDS), 1)
 
     def pace(self, num_bytes: int) -> None:
         """Book `num_bytes` on the owner's link behind what is booked, and wait for their end.
