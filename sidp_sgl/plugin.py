@@ -1,11 +1,24 @@
 """What SGLang calls, in every process it starts: registers, nothing else."""
 
+import os
+
 
 def register() -> None:
-    """Entry point of group `sglang.srt.plugins`."""
-    from sidp_sgl import runtime
+    """Entry point of group `sglang.srt.plugins`.
 
-    runtime.register()
+    SGLang logs an exception and goes on without the plugin; a process of an engine with --sidp
+    must not.
+    """
+    try:
+        from sidp_sgl import runtime
+
+        runtime.register()
+    except Exception as error:
+        if group := os.environ.get("SIDP_GROUP"):
+            from sidp_sgl.scheduler.liveness import give_up
+
+            give_up(group, None, error)
+        raise
 
 
 def activate_cpu_platform() -> str | None:

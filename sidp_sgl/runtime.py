@@ -14,7 +14,7 @@ from sglang.srt.runtime_context import get_parallel
 from sidp_sgl import __version__
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.rendezvous import Offer, exchange
-from sidp_sgl.sglang_hooks import arguments, cpu_memory, refusals, required
+from sidp_sgl.sglang_hooks import arguments, cpu_memory, failures, refusals, reports, required
 from sidp_sgl.sglang_hooks.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.required import Hook
@@ -32,6 +32,7 @@ def register() -> None:
     required.apply(arguments.HOOKS)
     arguments.install_keywords()
     refusals.install()
+    failures.install()
     required.apply([Hook("sglang.srt.runtime_context.publish", _on_publish, HookType.AFTER)])
     from sglang.srt.platforms import current_platform
 
@@ -52,8 +53,16 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
         return
     if role == "tokenizer":
         required.apply(refusals.runtime_hooks())
+    if role == "detokenizer":
+        reports.join(config.group)
+    if role == "dp_controller":
+        required.apply(reports.ControllerReports(config.group).hooks())
     if role == "scheduler":
-        Rank(server_args, config).start()
+        rank_reports = reports.RankReports(config.group, get_parallel().dp_rank)
+        with rank_reports.errors():
+            rank = Rank(server_args, config)
+            rank.start()
+            required.apply(rank_reports.hooks(lambda: rank.pool.is_started))
 
 
 class Rank:
