@@ -4,10 +4,10 @@ Nothing happens without --sidp, but for the flags and, on machines without an ac
 platform's own hooks.
 """
 
-import logging
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import model_config_of
+from sglang.srt.platforms import current_platform
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
@@ -24,7 +24,16 @@ from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.schedule import default_slots
 from sidp_sgl.weightpool.shm import ShmTransport
 
-logger = logging.getLogger(__name__)
+CPU_PLATFORM = "sidp_cpu"
+CAS_COUNTERS = (
+    "requests",
+    "granted",
+    "declined",
+    "rows_sent",
+    "rows_served",
+    "fused_gemms",
+    "wait_seconds",
+)  # all zero until CaS is there
 
 
 def register() -> None:
@@ -34,9 +43,7 @@ def register() -> None:
     refusals.install()
     failures.install()
     required.apply([Hook("sglang.srt.runtime_context.publish", _on_publish, HookType.AFTER)])
-    from sglang.srt.platforms import current_platform
-
-    if current_platform.device_name == "sidp_cpu":
+    if current_platform.device_name == CPU_PLATFORM:
         from sidp_sgl.sglang_hooks import cpu_controller
 
         required.apply(cpu_controller.MEMORY_HOOKS)
@@ -45,7 +52,7 @@ def register() -> None:
 def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     """The per-process bootstrap: SGLang has just published the process's configuration."""
     config = arguments.config_of(server_args)
-    if role == "dp_controller":
+    if role == "dp_controller" and current_platform.device_name == CPU_PLATFORM:
         from sidp_sgl.sglang_hooks import cpu_controller
 
         required.apply(cpu_controller.CONTROLLER_HOOKS)
@@ -126,6 +133,7 @@ class Rank:
             "placement": self.config.sidp_placement,
             "prefetch_order": self.config.sidp_prefetch_order,
             "mode": "was",
+            "batch_threshold": None,
             "mode_switches": 0,
             "owned_layers": [layer for layer in range(len(pool.owners)) if pool.owns(layer)],
             "pooled_bytes": sizes.pooled_bytes,
@@ -141,4 +149,5 @@ class Rank:
                 "stall_seconds": counters.stall_seconds,
                 "resyncs": counters.resyncs,
             },
+            "cas": dict.fromkeys(CAS_COUNTERS, 0),
         }
