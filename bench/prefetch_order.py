@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    repeats, warm_up, num_steps = (1, 2, 3) if args.quick else (args.repeats, 4, 4)
+    repeats, warm_up, num_steps = (1, 2, 3) if args.quick else (args.repeats, 4, 3)
     sys.setswitchinterval(0.0002)  # many threads that do little: hand the interpreter on quickly
 
     settings = plan(args.layers, args.quick)
