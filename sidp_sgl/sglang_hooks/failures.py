@@ -9,6 +9,7 @@ import logging
 import sys
 from typing import Any
 
+import zmq
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
@@ -46,10 +47,10 @@ def _launch(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     except BaseException as error:
         failure = None if isinstance(error, KeyboardInterrupt) else guard.explanation()
         guard.close()
+        _close_sockets(guards.manager_of(guard))
         if failure is None:
             raise
         raise SystemExit(1) if is_command_line else failure from None
-    guards.attach(guard, launched[0])
     return launched
 
 
@@ -59,6 +60,20 @@ def _print_line(failure: RankFailure) -> None:
 
 def _log(failure: RankFailure) -> None:
     logger.error("%s", failure)
+
+
+def _attach(_: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+    """`TokenizerManager.init_ipc_channels`."""
+    guard = guards.of_arguments(manager.server_args)
+    if guard is not None:
+        guards.attach(guard, manager)
+
+
+def _close_sockets(manager: Any) -> None:
+    """Of an engine that nobody gets to see: garbage collection would wait for ever for them."""
+    for value in list(vars(manager).values()) if manager is not None else []:
+        if isinstance(value, zmq.Socket):
+            value.close(linger=0)
 
 
 def _launch_ranks(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,6 +112,11 @@ def _shutdown(original: Any, engine: Any) -> None:
 
 
 _HOOKS = [
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_ipc_channels",
+        _attach,
+        HookType.AFTER,
+    ),
     Hook(f"{_ENGINE}._launch_scheduler_processes", _launch_ranks, HookType.AROUND),
     Hook(f"{_ENGINE}._launch_detokenizer_subprocesses", _launch_detokenizers, HookType.AROUND),
     Hook(f"{_ENGINE}.shutdown", _shutdown, HookType.AROUND),

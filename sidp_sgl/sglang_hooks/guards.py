@@ -4,6 +4,7 @@ Room: sglang_hooks. Engines without --sidp have none, which makes every hook her
 """
 
 import contextvars
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from sidp_sgl.scheduler.guard import Guard
 from sidp_sgl.sglang_hooks import arguments
 
 _guards: dict[str, Guard] = {}  # by group; closed ones stay, for late calls on their engines
+_managers: dict[str, weakref.ref] = {}  # tokenizer managers by group
 _ending: contextvars.ContextVar[Guard | None] = contextvars.ContextVar("ending", default=None)
 
 
@@ -30,12 +32,19 @@ def of_arguments(server_args: Any) -> Guard | None:
 
 
 def of_manager(manager: Any) -> Guard | None:
-    """By a tokenizer manager, once its engine runs."""
+    """By a tokenizer manager."""
     return getattr(manager, "_sidp_guard", None)
 
 
 def attach(guard: Guard, manager: Any) -> None:
     manager._sidp_guard = guard
+    _managers[guard.group] = weakref.ref(manager)
+
+
+def manager_of(guard: Guard) -> Any:
+    """None where the engine has not come so far, or is forgotten."""
+    reference = _managers.get(guard.group)
+    return None if reference is None else reference()
 
 
 @contextmanager

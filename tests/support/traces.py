@@ -1,0 +1,81 @@
+"""What the processes of a test leave on the machine: processes, files, shared memory."""
+
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+MARK = "SIDP_TEST"
+
+
+class Traces:
+    """Everything started meanwhile carries a mark, and has its temporary files in one place."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.folder = folder
+        self._mark = uuid.uuid4().hex
+        self._segments: set[Path] = set()
+        self._groups: set[str] = set()
+        monkeypatch.setenv(MARK, self._mark)
+        monkeypatch.setenv("TMPDIR", str(folder))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run; also remembers their shared memory and their engines' names."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                if environment.get(MARK) != self._mark:
+                    continue
+                found.append(process)
+                mapped = [Path(entry.path) for entry in process.memory_maps()]
+                self._segments.update(p for p in mapped if p.parent == Path("/dev/shm"))
+                if group := environment.get("SIDP_GROUP"):
+                    self._groups.add(group)
+            except psutil.Error:
+                continue  # gone meanwhile, or another user's
+        return found
+
+    def left(self) -> list[object]:
+        """Processes, segments, sockets and files that are still there."""
+        files = [path for path in self.folder.rglob("*") if not path.is_dir()]
+        folders = list(self.folder.glob("sidp-*"))
+        segments = [path for path in self._segments if path.exists()]
+        for group in self._groups:
+            segments += Path("/dev/shm").glob(f"*{group}*")
+        return [*self.processes(), *segments, *files, *folders]
+
+    def assert_nothing_left(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while (left := self.left()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left
+        assert self._groups, "the test has not looked while the engine ran"
+
+
+def ranks(main_pid: int) -> list[psutil.Process]:
+    """The rank processes of an engine's main process, also before they have a name."""
+    try:
+        children = psutil.Process(main_pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [child for child in children if child.ppid() != main_pid]
+
+
+def wait_for_ranks(main_pid: int, number: int, seconds: float) -> list[psutil.Process]:
+    """Until that many rank processes exist; they still import then."""
+    deadline = time.monotonic() + seconds
+    while len(found := ranks(main_pid)) < number:
+        assert time.monotonic() < deadline, f"{found} after {seconds:.0f} s"
+        assert psutil.pid_exists(main_pid), "the main process has ended"
+        time.sleep(0.1)
+    return found
+
+
+def rank_number(process: psutil.Process) -> int:
+    """DP rank of a rank process that has its name, `sglang::scheduler_DP1`."""
+    return int(process.cmdline()[0].rpartition("DP")[2])
