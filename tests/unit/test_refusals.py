@@ -1,7 +1,9 @@
 """What does not go with --sidp is refused in one line with flag, reason and remedy, before
 anything is started: on `sgl.Engine` as an exception, on a command line as `error: …`."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,14 +93,18 @@ def test_rules_name_fields_that_sglang_has() -> None:
 
 
 def test_checkpoints_without_safetensors_or_quantised(tmp_path: Path, checkpoint: Path) -> None:
-    import json
-    import shutil
-
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(checkpoint / "config.json", bare)
     with pytest.raises(SidpUsageError, match="safetensors"):
         start(bare)
+    quantised = tmp_path / "quantised"
+    shutil.copytree(checkpoint, quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (quantised / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SidpUsageError, match="quanti"):
+        start(quantised)
 
 
 def test_another_sglang_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
