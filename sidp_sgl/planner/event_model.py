@@ -44,7 +44,12 @@ class StepTime(NamedTuple):
 def relative_step_time(
     setting: Setting, num_steps: int = 20, warm_up: int = 20, seed: int = 0
 ) -> StepTime:
-    """Step time after `warm_up` steps, in which the ranks fall out of step with each other."""
+    """Step time after `warm_up` steps.
+
+    Without jitter, ranks that start together share links in lock-step for ever: the worst case,
+    and unstable (of n readers, one that is ahead by x is ahead by (n - 1)·x a fetch later). What
+    machines do, whose ranks never keep step, is shown with some jitter and a `start_spread`.
+    """
     ranks = [times[warm_up:] for times in step_times(setting, warm_up + num_steps, seed)]
     return StepTime(
         median(time for times in ranks for time in times) / setting.num_layers,

@@ -67,6 +67,12 @@ def test_ticketed_with_two_slots_is_between(num_ranks: int, fetch: float) -> Non
     assert abs(time.all_ranks - SEEDS[num_ranks, fetch][2]) <= 0.17
 
 
+def test_lockstep_is_unstable() -> None:
+    """The figures in order are a worst case: a trace of noise, and the ranks fall out of step."""
+    in_step = modelled(4, 0.9, "sequential", 3)
+    assert modelled(4, 0.9, "sequential", 3, jitter=0.01).all_ranks < 1.05 < in_step.all_ranks
+
+
 @pytest.mark.parametrize("order", ["sequential", "shifted", "ticketed"])
 def test_a_link_that_is_fast_enough_for_all_costs_nothing(order: str) -> None:
     assert modelled(4, 0.05, order, 3).slowest_rank == pytest.approx(1.0, abs=0.05)
