@@ -128,7 +128,7 @@ def _ask(group: str, rank: int, deadline: float, timeout: float) -> Offer:
         try:
             return _ask_once(group, rank, deadline)
         except OSError:
-            time.sleep(0.05)  # not there yet
+            time.sleep(0.02)  # not there yet
     raise RendezvousError(f"DP rank {rank} did not come to the rendezvous within {timeout:.0f} s")
 
 
