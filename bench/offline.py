@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sglang
@@ -61,6 +62,12 @@ class BatchSampler:
     @property
     def mean(self) -> float:
         return self._sum / max(1, self._count)
+
+
+def shut_down(engine: sglang.Engine) -> None:
+    """`engine.shutdown()`, and away with the load snapshot that plain SGLang leaves in /dev/shm."""
+    engine.shutdown()
+    Path(shm_path_for(engine.port_args.instance_id)).unlink(missing_ok=True)
 
 
 def run_job(

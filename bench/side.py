@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.offline import JobResult, run_job
+from bench.offline import JobResult, run_job, shut_down
 
 
 class Side:
@@ -69,4 +69,4 @@ def _serve(pipe: Connection, environment: dict[str, str], keywords: dict[str, An
     except EOFError:
         pass
     finally:
-        engine.shutdown()
+        shut_down(engine)

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.offline import JobResult, run_job
+from bench.offline import JobResult, run_job, shut_down
 from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
 
 CHECKPOINT = Path(__file__).parent / "demo_model" / "checkpoint"
@@ -48,7 +48,7 @@ def run(prompts: list[str], dp_size: int, **keywords: Any) -> tuple[JobResult, l
             result = run_job(engine, dp_size, prompts, sampling, bar.update)
             states = engine.get_server_info()["internal_states"]
         finally:
-            engine.shutdown()
+            shut_down(engine)
     return result, states
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import sglang
 
+from bench.offline import shut_down
+
 DEVICE_MEMORY = "16MiB"
 
 
@@ -49,7 +51,7 @@ def engine(model_path: Any, **keywords: Any) -> Iterator[sglang.Engine]:
     try:
         yield running
     finally:
-        running.shutdown()
+        shut_down(running)
 
 
 def answer(
