@@ -145,7 +145,9 @@ def give_up(group: str, dp_rank: int | None, error: BaseException) -> None:
 def one_line(error: BaseException) -> str:
     """An error as the one line that a user reads."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, SidpError) else f"{type(error).__name__}: {text}"[:500]
+    if isinstance(error, SidpError):
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ")[:500]
 
 
 def watch_process(process: BaseProcess, on_exit: Callable[[int, int], None]) -> None:
@@ -154,7 +156,7 @@ def watch_process(process: BaseProcess, on_exit: Callable[[int, int], None]) -> 
     def watch() -> None:
         # The sentinel is a pipe that grandchildren may hold, so the exit code is asked as well.
         while process.exitcode is None:
-            wait([process.sentinel], timeout=0.5)
+            wait([process.sentinel], timeout=1.0)
         assert process.pid is not None
         on_exit(process.pid, process.exitcode)
 

@@ -50,9 +50,9 @@ def marked(group: str, directory: Path) -> Iterator[None]:
 def _start_tracker() -> None:
     """multiprocessing's resource tracker, one for all children of this process."""
     global _own_tracker
-    was_running = _tracker()._pid is not None
+    before = _tracker()._pid
     resource_tracker.ensure_running()
-    if not was_running:
+    if _tracker()._pid != before:
         _own_tracker = _tracker()._pid
 
 

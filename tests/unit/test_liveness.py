@@ -172,4 +172,5 @@ def test_exits_in_words() -> None:
 def test_errors_in_one_line() -> None:
     assert one_line(SidpError("no\n  FFN")) == "no FFN"
     assert one_line(ValueError("a\nb")) == "ValueError: a b"
+    assert one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("x" * 10_000))) == 500
