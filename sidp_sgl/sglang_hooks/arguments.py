@@ -14,6 +14,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.server_args import ServerArgs
 
 from sidp_sgl.config import SidpConfig, SidpError, flag_name
+from sidp_sgl.sglang_hooks import cpu_memory
 from sidp_sgl.sglang_hooks.required import Hook, check_version
 
 ATTRIBUTE = "_sidp"
@@ -73,6 +74,7 @@ def _server_args_from_keywords(**keywords: Any) -> ServerArgs:
 
 
 def _attach_checked(server_args: Any, values: dict[str, Any]) -> None:
+    cpu_memory.device_total_bytes()  # a size that can't be read is refused here, in one line
     config = SidpConfig.from_values(values)
     if config.sidp:
         check_version()

@@ -10,6 +10,8 @@ import re
 import psutil
 import torch
 
+from sidp_sgl.config import SidpUsageError
+
 VARIABLE = "SIDP_CPU_DEVICE_MEMORY"
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -20,12 +22,12 @@ _pool_bytes = 0
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of '64MiB', '1.5 GB', '1000000'; raises ValueError naming the variable."""
+    """Bytes of '64MiB', '1.5 GB', '1000000'; raises SidpUsageError naming the variable."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match[2].upper(), 0) if match else 0
     num_bytes = int(float(match[1]) * unit) if match else 0
     if num_bytes < 1:
-        raise ValueError(f"{VARIABLE}={text!r} is not a size: give bytes, or e.g. 64MiB or 2GB")
+        raise SidpUsageError(f"{VARIABLE}={text!r} is not a size: use bytes, or e.g. 64MiB or 2GB")
     return num_bytes
 
 

@@ -3,6 +3,7 @@
 Room: sglang_hooks. One table of SGLang's flags, one list of run-time calls.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ from sidp_sgl.config import SidpConfig, SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.placement import owners
-from sidp_sgl.weightpool.schedule import shifted_slots
+from sidp_sgl.weightpool.schedule import default_slots, shifted_slots
+
+logger = logging.getLogger(__name__)
 
 
 class Rule(NamedTuple):
@@ -132,6 +135,7 @@ def check_model(server_args: Any, config: SidpConfig) -> None:
             "unquantised checkpoint, or drop --sidp"
         )
     check_slots(config, model_config.num_hidden_layers, cfg.dp_size)
+    warn_of_no_gain(config, model_config.num_hidden_layers, cfg.dp_size)
 
 
 def check_slots(config: SidpConfig, num_layers: int, num_ranks: int) -> None:
@@ -148,6 +152,23 @@ def check_slots(config: SidpConfig, num_layers: int, num_ranks: int) -> None:
         raise SidpUsageError(
             f"--sidp-cache-slots {slots} is out of range: with {num_layers} layers, "
             f"{num_ranks} ranks and the {config.sidp_prefetch_order} order use {least} to {most}"
+        )
+
+
+def warn_of_no_gain(config: SidpConfig, num_layers: int, num_ranks: int) -> None:
+    """Say so where owned blocks and slots take as much memory as all the blocks would."""
+    layer_owners = owners(num_layers, num_ranks, config.sidp_placement)
+    slots = config.sidp_cache_slots or default_slots(
+        layer_owners, num_ranks, config.sidp_prefetch_order
+    )
+    most_owned = max(layer_owners.count(rank) for rank in range(num_ranks))
+    if most_owned + slots >= num_layers:
+        logger.warning(
+            "--sidp frees no memory here: %d owned layers and %d slots of %d layers; "
+            "use fewer --sidp-cache-slots or more ranks",
+            most_owned,
+            slots,
+            num_layers,
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sglang
 
-from sidp_sgl.config import SidpError, SidpUsageError
+from sidp_sgl.config import SidpConfig, SidpError, SidpUsageError
 from sidp_sgl.sglang_hooks import refusals, required
 from tests.support.checkpoints import write_checkpoint
 
@@ -105,6 +105,23 @@ def test_checkpoints_without_safetensors_or_quantised(tmp_path: Path, checkpoint
     (quantised / "config.json").write_text(json.dumps(config))
     with pytest.raises(SidpUsageError, match="quanti"):
         start(quantised)
+
+
+def test_device_memory_that_is_no_size(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIDP_CPU_DEVICE_MEMORY", "lots")
+    with pytest.raises(SidpUsageError, match="SIDP_CPU_DEVICE_MEMORY='lots' is not a size"):
+        start(checkpoint, sidp=False)
+
+
+@pytest.mark.parametrize(("slots", "warned"), [(None, False), (4, True)])
+def test_warns_where_nothing_is_freed(
+    slots: int | None, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(refusals.logger, "warning", lambda text, *_: warnings.append(text))
+    config = SidpConfig(sidp=True, sidp_cache_slots=slots)
+    refusals.warn_of_no_gain(config, num_layers=8, num_ranks=2)
+    assert bool(warnings) == warned
 
 
 def test_another_sglang_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
