@@ -23,7 +23,7 @@ def place(group: str, directory: Path) -> None:
 def _init_new(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     port_args = original(server_args, *args, **kwargs)
     config = arguments.config_of(server_args)
-    if config is not None:
+    if config is not None and config.group in _directories:
         port_args.instance_id = config.group  # names the load snapshot in /dev/shm
         for field, address in vars(port_args).items():
             if isinstance(address, str) and address.startswith("ipc://"):
