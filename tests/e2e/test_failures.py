@@ -89,7 +89,7 @@ def test_rank_killed_while_starting(model: Path, traces: Traces) -> None:
     assert time.monotonic() - killer.time < END_SECONDS
     caught.match(KILLED.format("[01]", killer.victim.pid, "starting"))
     traces.assert_nothing_left(0.0)
-    assert not psutil.Process().children()
+    assert not traces.new_children()
     gc.collect()  # hangs where the engine's sockets were left open
 
 
@@ -137,7 +137,7 @@ def test_rank_killed_while_generating(model: Path, traces: Traces) -> None:
     with pytest.raises(RankFailure):
         next(engine.generate(input_ids=PROMPT, sampling_params=LONG, stream=True))
     traces.assert_nothing_left(0.0)
-    assert not psutil.Process().children()
+    assert not traces.new_children()
     engine.shutdown()
 
 

@@ -19,6 +19,7 @@ class Traces:
         self._mark = uuid.uuid4().hex
         self._segments: set[Path] = set()
         self._groups: set[str] = set()
+        self._children_before = psutil.Process().children()  # a resource tracker of other tests
         monkeypatch.setenv(MARK, self._mark)
         monkeypatch.setenv("TMPDIR", str(folder))
         monkeypatch.setattr(tempfile, "tempdir", None)
@@ -39,6 +40,10 @@ class Traces:
             except psutil.Error:
                 continue  # gone meanwhile, or another user's
         return found
+
+    def new_children(self) -> list[psutil.Process]:
+        """Children of this process that were not there before, zombies included."""
+        return [c for c in psutil.Process().children() if c not in self._children_before]
 
     def left(self) -> list[object]:
         """Processes, segments, sockets and files that are still there."""
