@@ -1,4 +1,4 @@
-"""What an engine's processes inherit while the main process starts them: marks to find them by.
+"""What an engine's processes inherit when the main process starts them: marks to find them by.
 
 Room: scheduler. The marks are in this process's environment only for that moment, so that no
 other child of the user's carries them.
@@ -34,11 +34,14 @@ def marked(group: str, directory: Path) -> Iterator[None]:
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     prefix = config["semprefix"]
     _start_tracker()  # before: the user's own children share it, so it gets no mark
+    # A terminal sends Ctrl-C to all processes; what it means is for the main process to decide.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.update(marks)
     config["semprefix"] = SEMAPHORE_PREFIX.format(group=group)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         config["semprefix"] = prefix
         for name, value in before.items():
             if value is None:

@@ -6,7 +6,6 @@ is SiDP's own; of any other the traceback is logged first.
 
 import logging
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 def join(group: str) -> Lifeline:
     """Tie this process to the engine's main process; ends it where that has gone already."""
-    # A terminal sends Ctrl-C to all processes: the main process decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return Lifeline(group)
     except OSError:

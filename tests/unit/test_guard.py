@@ -137,6 +137,14 @@ def test_marks_are_for_the_engine_only(engine: Engine) -> None:
     wait_until(lambda: set(find_processes(engine.guard.group)) == pids)
 
 
+def test_ctrl_c_is_for_the_main_process(engine: Engine) -> None:
+    for process in engine.processes:
+        os.kill(process.pid or 0, signal.SIGINT)
+    time.sleep(0.5)
+    assert all(process.is_alive() for process in engine.processes)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())  # its own signals still come
+
+
 def test_two_engines_do_not_meet(engine: Engine) -> None:
     other = Engine()
     engine.guard.close()
