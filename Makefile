@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: install
-	$(PYTHON) -m examples.demo
+	@PYTHONWARNINGS=ignore $(PYTHON) -m examples.demo
 
 test: unit e2e
 
@@ -27,8 +27,8 @@ e2e: install
 	$(PYTHON) -m pytest tests/e2e
 
 bench: install
-	$(PYTHON) -m bench.prefetch_order
-	$(PYTHON) -m bench.was_throughput
+	PYTHONWARNINGS=ignore $(PYTHON) -m bench.prefetch_order
+	PYTHONWARNINGS=ignore $(PYTHON) -m bench.was_throughput
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,8 @@
 """Runs one offline job on a real engine and measures what the demo and the benches show."""
 
 import asyncio
+import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ import sglang
 from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader, shm_path_for
 
 SAMPLE_SECONDS = 0.02
+_SEMAPHORES = f"sidp-bench-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,24 @@ class BatchSampler:
         return self._sum / max(1, self._count)
 
 
+def start_engine(**keywords: Any) -> sglang.Engine:
+    """An engine on CPU ranks; end it with `shut_down`."""
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    prefix = config["semprefix"]
+    config["semprefix"] = f"/{_SEMAPHORES}"  # inherited by the ranks
+    try:
+        return sglang.Engine(device="cpu", log_level="error", **keywords)
+    finally:
+        config["semprefix"] = prefix
+
+
 def shut_down(engine: sglang.Engine) -> None:
-    """`engine.shutdown()`, and away with the load snapshot that plain SGLang leaves in /dev/shm."""
+    """`engine.shutdown()`, and away with what plain SGLang leaves in /dev/shm: its load snapshot,
+    and the semaphores of the ranks that it kills."""
     engine.shutdown()
     Path(shm_path_for(engine.port_args.instance_id)).unlink(missing_ok=True)
+    for path in Path("/dev/shm").glob(f"sem.{_SEMAPHORES}-*"):
+        path.unlink(missing_ok=True)
 
 
 def run_job(

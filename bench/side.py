@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.offline import JobResult, run_job, shut_down
+from bench.offline import JobResult, run_job, shut_down, start_engine
 
 
 class Side:
@@ -52,9 +52,7 @@ class Side:
 
 def _serve(pipe: Connection, environment: dict[str, str], keywords: dict[str, Any]) -> None:
     os.environ.update(environment)
-    import sglang
-
-    engine = sglang.Engine(log_level="error", device="cpu", **keywords)
+    engine = start_engine(**keywords)
     try:
         pipe.send("started")
         while (request := pipe.recv()) is not None:

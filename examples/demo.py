@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.offline import JobResult, run_job, shut_down
+from bench.offline import JobResult, run_job, shut_down, start_engine
 from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
 
 CHECKPOINT = Path(__file__).parent / "demo_model" / "checkpoint"
@@ -28,15 +28,11 @@ DEVICE_MEMORY = "7.9MB"
 
 def run(prompts: list[str], dp_size: int, **keywords: Any) -> tuple[JobResult, list[dict]]:
     """One engine, one job: the result and every rank's state."""
-    import sglang
-
     label = "SiDP" if keywords.get("sidp") else "plain DP"
     with tqdm(
         total=len(prompts), desc=f"{label:>8}: starting", unit="prompt", mininterval=0.5
     ) as bar:
-        engine = sglang.Engine(
-            model_path=str(CHECKPOINT), device="cpu", dp_size=dp_size, log_level="error", **keywords
-        )
+        engine = start_engine(model_path=str(CHECKPOINT), dp_size=dp_size, **keywords)
         try:
             # Warm-up: one request per rank, so that both sides start with the same caches.
             for rank in range(dp_size):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import sglang
 
-from bench.offline import shut_down
+from bench.offline import shut_down, start_engine
 
 DEVICE_MEMORY = "16MiB"
 
@@ -45,9 +45,7 @@ def engine(model_path: Any, **keywords: Any) -> Iterator[sglang.Engine]:
         SGLANG_CPU_OMP_THREADS_BIND=bind,
         OMP_NUM_THREADS="1",
     ):
-        running = sglang.Engine(
-            model_path=str(model_path), device="cpu", log_level="error", random_seed=1, **keywords
-        )
+        running = start_engine(model_path=str(model_path), random_seed=1, **keywords)
     try:
         yield running
     finally:
