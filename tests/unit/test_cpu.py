@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.sglang_hooks import cpu_cores, cpu_memory
+from sidp_sgl.sglang_hooks import cpu_cores, cpu_memory, cpu_platform
 
 CORES = st.sets(st.integers(0, 500), min_size=1, max_size=64).map(sorted)
 
@@ -108,3 +108,16 @@ def test_what_counts_as_used() -> None:
     model.pooled.sidp_pooled = True
     model.register_buffer("rotary", torch.zeros(8, 8)[:, :4])
     assert cpu_memory.resident_bytes(model) == (40 + 64) * 4
+
+
+def test_the_platform_wins_only_where_no_accelerator_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cpu_platform.activate() == cpu_platform.QUALIFIED_NAME
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cpu_platform.activate() is None
+
+
+def test_sglangs_own_cpu_engine_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert cpu_platform.activate() is None
