@@ -5,10 +5,12 @@ main process does. The sockets are abstract: nothing of them stays in a file sys
 """
 
 import os
+import select
 import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -73,25 +75,31 @@ class LifelineServer:
         self._on_message = on_message
         self._connections: list[socket.socket] = []
         self._readers: dict[int, threading.Thread] = {}  # by process id of the sender
+        self._readers_lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(_address(group))
         self._listener.listen(64)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            pid, user = _peer(connection)
-            if user != os.getuid():
-                connection.close()
-                continue
-            self._connections.append(connection)
-            reader = threading.Thread(target=self._read, args=(connection,), daemon=True)
-            self._readers[pid] = reader
-            reader.start()
+        try:
+            while True:
+                select.select([self._listener], [], [])
+                with self._readers_lock:  # no connection is neither waiting nor has a reader
+                    self._accept_one()
+        except (OSError, ValueError):
+            return  # closed
+
+    def _accept_one(self) -> None:
+        connection, _ = self._listener.accept()
+        pid, user = _peer(connection)
+        if user != os.getuid():
+            connection.close()
+            return
+        self._connections.append(connection)
+        reader = threading.Thread(target=self._read, args=(connection,), daemon=True)
+        self._readers[pid] = reader
+        reader.start()
 
     def _read(self, connection: socket.socket) -> None:
         with connection, connection.makefile("rb") as lines:
@@ -104,9 +112,25 @@ class LifelineServer:
 
     def wait_for_last_message(self, pid: int, timeout: float) -> None:
         """Until everything that process `pid` has reported before it ended has been handled."""
-        reader = self._readers.get(pid)
+        deadline = time.monotonic() + timeout
+        while True:
+            is_waiting = self._has_waiting_connections()  # before: accepted means registered
+            reader = self._reader_of(pid)
+            if reader is not None or not is_waiting or time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
         if reader is not None and reader is not threading.current_thread():
-            reader.join(timeout)
+            reader.join(max(0.0, deadline - time.monotonic()))
+
+    def _reader_of(self, pid: int) -> threading.Thread | None:
+        with self._readers_lock:
+            return self._readers.get(pid)
+
+    def _has_waiting_connections(self) -> bool:
+        try:
+            return bool(select.select([self._listener], [], [], 0)[0])
+        except (OSError, ValueError):
+            return False  # closed
 
     def close(self) -> None:
         for connection in [self._listener, *self._connections]:
