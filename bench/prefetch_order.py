@@ -38,8 +38,8 @@ BUSY = 0.25  # of τ: a run whose sleeps were late by more (p99) says nothing an
 MAX_TRIES = 3
 TOLERANCE = 0.03  # of the ideal step time: what counts as equally good
 
-# The table of shared/seeds.md in the project's brief: (ranks, f/τ) → step time over the ideal with
-# in order d−1 slots, shifted d−1 slots, ticketed 2 slots, ticketed 3 slots.
+# The figures that the design started from: (ranks, f/τ) → step time over the ideal with in
+# order d−1 slots, shifted d−1 slots, ticketed 2 slots, ticketed 3 slots.
 SEEDS = {
     (4, 0.5): (1.00, 1.25, 1.00, 1.00),
     (4, 0.9): (1.31, 1.79, 1.00, 1.00),

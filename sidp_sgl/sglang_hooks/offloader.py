@@ -70,9 +70,8 @@ class PoolOffloader(BaseOffloader):
                 self._wrap_forward(unit.module, index, is_last=unit is units[-1])
         sizes = self._pool.bytes()
         cpu_memory.charge_pool(sizes.owned_bytes + sizes.cache_bytes)
-        self._layers[0][
-            0
-        ]._derived_weight_cache_error = (
+        first_layer, _ = self._layers[0]
+        first_layer._derived_weight_cache_error = (  # type: ignore[assignment]
             "weights can't be updated at run time with --sidp: restart the engine"
         )
 

@@ -9,18 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.prefetch_order import SEEDS
 from sidp_sgl.planner.event_model import Setting, StepTime, relative_step_time
 
 LAYERS = 64
-# (ranks, f/τ): in order with d−1 slots, shifted with d−1 slots, ticketed with 2 and with 3 slots
-SEEDS = {
-    (4, 0.5): (1.00, 1.25, 1.00, 1.00),
-    (4, 0.9): (1.31, 1.79, 1.00, 1.00),
-    (4, 1.0): (1.50, 2.00, 1.00, 1.00),
-    (8, 0.5): (1.75, 1.17, 1.00, 1.00),
-    (8, 0.9): (3.15, 1.62, 1.00, 1.00),
-    (8, 1.0): (3.50, 1.80, 1.16, 1.00),
-}
 SEEDS_WITH_JITTER = {(8, 0.9): 1.01, (8, 1.0): 1.02}  # ticketed, 3 slots, jitter 10 %
 
 
