@@ -3,7 +3,6 @@
 Room: scheduler. What is malformed decodes to None; whoever receives counts and drops it.
 """
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -106,7 +105,7 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         raise ValueError(name)
     if kind is float and type(value) is int:  # how some writers write 2.0
         value = float(value)
-    # `type`, not isinstance: to Python True is an int.
-    if type(value) is not kind or (kind is not str and not 0 <= value < math.inf):
+    # `type`, not isinstance: to Python True is an int. (orjson reads neither NaN nor infinity.)
+    if type(value) is not kind or (kind is not str and value < 0):
         raise ValueError(name)
     return value

@@ -59,12 +59,12 @@ class StepTimes:
 
     def _limit(self, mode: str, batch_size: int) -> float:
         """The longest observation that is believed: stopped processes must not set the times."""
-        # The measured compute keeps a limit that once fell to zero from staying there.
-        estimate = max(self._measured(batch_size), self.step_seconds(batch_size))
+        estimate = self.step_seconds(batch_size)
         if mode == CAS and self._remote is not None:
             estimate += self._remote
         else:
             estimate = max(estimate, self.fetch_seconds)
+        # An estimate of zero must be able to recover.
         return _OUTLIER * estimate if estimate > 0 else float("inf")
 
     def step_seconds(self, batch_size: int) -> float:

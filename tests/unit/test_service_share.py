@@ -37,9 +37,9 @@ def test_an_interval_longer_than_the_window_fills_it() -> None:
 
 def test_an_interval_that_ends_after_the_question_moves_the_window() -> None:
     share = ServiceShare()
-    share.add(9.0, 9.25)
+    share.add(9.25, 9.75)
     share.add(10.0, 10.5)
-    assert share.share(9.9) == pytest.approx(0.5)
+    assert share.share(9.9) == pytest.approx(0.75)
 
 
 @given(st.lists(st.tuples(gaps, gaps), max_size=40), gaps, st.floats(0.1, 3), st.data())

@@ -107,6 +107,9 @@ def test_a_disturbance_counts_ten_times_the_estimate_at_most() -> None:
     assert step_times.fetch_seconds == pytest.approx(0.05 + 0.1 * 0.45)
     assert step_times.overhead_seconds == pytest.approx(0.0), "the fetches were disturbed"
     step_times = new(0.05)
+    step_times.observe(WAS, 4, 100.0, 0.0, 0.0)
+    assert step_times.overhead_seconds == pytest.approx(0.5 - 0.013)
+    step_times = new(0.05)
     step_times.observe(CAS, 4, 0.033, 0.0, 0.020)
     step_times.observe(CAS, 4, 100.013, 0.0, 100.0)
     assert step_times.remote_seconds == pytest.approx(0.020 + 0.1 * (0.33 - 0.020))
