@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 POOLS = ("ffn", "linear")
-MODES = ("auto", "was")
+MODES = ("auto", "was", "cas")
 PLACEMENTS = ("interleaved", "contiguous")
 PREFETCH_ORDERS = ("sequential", "shifted", "ticketed")
 
@@ -38,7 +38,19 @@ class SidpConfig:
     )
     sidp_mode: str = field(
         default="auto",
-        metadata=_flag("Execution mode: was streams weights to every rank.", choices=MODES),
+        metadata=_flag(
+            "Execution mode of decode steps: was streams weights here, cas sends rows to the "
+            "weights, auto takes the faster one for the batch size.",
+            choices=MODES,
+        ),
+    )
+    sidp_batch_threshold: int | str = field(
+        default="auto",
+        metadata=_flag(
+            "Batch size from which mode auto streams weights "
+            "(default: measured at start and while running).",
+            metavar="{auto,N}",
+        ),
     )
     sidp_placement: str = field(
         default="interleaved",
@@ -97,19 +109,37 @@ class SidpConfig:
         gbps = self.sidp_link_gbps
         if gbps is not None and not (isinstance(gbps, int | float) and 0 < gbps < float("inf")):
             raise SidpUsageError(f"--sidp-link-gbps {gbps!r} is out of range: use more than 0")
+        threshold = _threshold(self.sidp_batch_threshold)
+        if threshold != "auto" and self.sidp_mode != "auto":
+            raise SidpUsageError(
+                f"--sidp-batch-threshold {threshold} has no effect with --sidp-mode "
+                f"{self.sidp_mode}: leave one of them out"
+            )
         if not self.sidp:
             changed = [n for n, o in self.flags().items() if getattr(self, n) != o["default"]]
             if changed:
                 raise SidpUsageError(
                     f"{flag_name(changed[0])} has no effect without --sidp: add it"
                 )
-        return self
+        return replace(self, sidp_batch_threshold=threshold)
 
     def with_group(self, group: str) -> "SidpConfig":
         return replace(self, group=group)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _threshold(value: Any) -> int | str:
+    """'auto' or a batch size, also as text."""
+    if value == "auto":
+        return "auto"
+    text = "" if isinstance(value, bool) else str(value)
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise SidpUsageError(
+            f"--sidp-batch-threshold {value!r} is not a batch size: use auto, or 1 or more"
+        )
+    return int(text)
 
 
 def flag_name(field_name: str) -> str:

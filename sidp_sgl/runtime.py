@@ -4,6 +4,8 @@ Nothing happens without --sidp, but for the flags and, on machines without an ac
 platform's own hooks.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import model_config_of
@@ -13,27 +15,26 @@ from sglang.srt.runtime_context import get_parallel
 
 from sidp_sgl import __version__
 from sidp_sgl.config import SidpConfig
+from sidp_sgl.scheduler.rank_control import RankControl
 from sidp_sgl.scheduler.rendezvous import Offer, exchange
+from sidp_sgl.scheduler.spawning import DIRECTORY
 from sidp_sgl.sglang_hooks import arguments, cpu_memory, failures, refusals, reports, required
 from sidp_sgl.sglang_hooks.checkpoint import CheckpointReader
+from sidp_sgl.sglang_hooks.modes import ModeHooks
 from sidp_sgl.sglang_hooks.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.status import StatusHooks
+from sidp_sgl.weightpool.compute_group import ComputeGroup
+from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.pool import WeightPool
+from sidp_sgl.weightpool.pooled_unit import PooledUnit
 from sidp_sgl.weightpool.schedule import default_slots
 from sidp_sgl.weightpool.shm import ShmTransport
+from sidp_sgl.weightpool.shm_calls import ShmCalls
+from sidp_sgl.weightpool.staging import ROWS_PER_RANK, capacity_rows, make_staging
 
 CPU_PLATFORM = "sidp_cpu"
-CAS_COUNTERS = (
-    "requests",
-    "granted",
-    "declined",
-    "rows_sent",
-    "rows_served",
-    "fused_gemms",
-    "wait_seconds",
-)  # all zero until CaS is there
 
 
 def register() -> None:
@@ -73,7 +74,7 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
 
 
 class Rank:
-    """One DP scheduler process with --sidp: group → pool → hooks."""
+    """One DP scheduler process with --sidp: group → control plane → pool → modes → hooks."""
 
     def __init__(self, server_args: Any, config: SidpConfig) -> None:
         parallel = get_parallel()
@@ -94,22 +95,55 @@ class Rank:
             prefetch_order=order,
             num_slots=config.sidp_cache_slots or default_slots(layer_owners, self.dp_size, order),
         )
+        self.control = RankControl(
+            config,
+            self.dp_rank,
+            self.dp_size,
+            layer_owners,
+            Path(os.environ[DIRECTORY]),
+            capacity_rows(self.dp_size),
+            ROWS_PER_RANK,
+        )
+        self.cas: ComputeGroup | None = None
+        self.execution = UnitExecution(self.pool)
         self.offloader = PoolOffloader(self.pool, config.sidp_pool, self._meet_peers)
         self.reader = CheckpointReader(self.offloader.is_placeholder)
+        self.modes = ModeHooks(self.control, self.pool, self.execution)
 
     def start(self) -> None:
+        self.control.start()
         required.apply(
             [
                 self.offloader.hook(),
                 *self.reader.hooks(),
+                *self.modes.hooks(),
                 *StatusHooks(self.status).hooks(),
             ]
         )
 
-    def _meet_peers(self, pool: WeightPool) -> None:
-        own = Offer(self.dp_rank, self.fingerprint(), pool.offer(), pool.transport.export())
+    def _meet_peers(self, units: list[PooledUnit]) -> UnitExecution:
+        """While loading: connect what this rank has with what the others have."""
+        descriptors = self.pool.transport.export()
+        num_pool = len(descriptors)
+        if self.config.sidp_mode != "was":
+            self.cas = self._compute_group(units)
+            descriptors = descriptors + self.cas.calls.export()
+        own = Offer(self.dp_rank, self.fingerprint(), self.pool.offer(), descriptors)
         for rank, offer in exchange(self.config.group, own, self.dp_size).items():
-            pool.connect(rank, offer.content, offer.file_descriptors)
+            theirs = offer.file_descriptors
+            self.pool.connect(rank, offer.content, theirs[:num_pool])
+            if self.cas is not None:
+                self.cas.calls.connect(rank, theirs[num_pool:])
+        if self.cas is not None:
+            self.cas.service.start()
+            self.execution.remote = self.cas.remote
+        return self.execution
+
+    def _compute_group(self, units: list[PooledUnit]) -> ComputeGroup:
+        staging = make_staging(units, self.dp_size)
+        calls = ShmCalls(self.dp_rank, self.dp_size, staging.inbox_bytes, staging.results_bytes)
+        owned = [unit for unit in units if self.pool.owns(unit.layer)]
+        return ComputeGroup(calls, staging, owned, self.control.share.add)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal on all ranks of a group."""
@@ -122,7 +156,7 @@ class Rank:
         }
 
     def status(self) -> dict[str, Any]:
-        """The pool's part of the `sidp` dictionary; sizes in bytes."""
+        """The pool's and the modes' part of the `sidp` dictionary; sizes in bytes."""
         pool, counters = self.pool, self.pool.prefetcher.counters
         sizes = pool.bytes()
         return {
@@ -132,22 +166,24 @@ class Rank:
             "pool": self.config.sidp_pool,
             "placement": self.config.sidp_placement,
             "prefetch_order": self.config.sidp_prefetch_order,
-            "mode": "was",
-            "batch_threshold": None,
-            "mode_switches": 0,
             "owned_layers": [layer for layer in range(len(pool.owners)) if pool.owns(layer)],
             "pooled_bytes": sizes.pooled_bytes,
             "owned_bytes": sizes.owned_bytes,
             "replicated_bytes": cpu_memory.replicated_bytes(),
             "cache_slots": len(pool.prefetcher.slots),
             "cache_bytes": sizes.cache_bytes,
+            "staging_bytes": self.execution.staging_bytes,
             "checkpoint_bytes_read": self.reader.bytes_read,
             "placeholders_unmaterialised": self.offloader.unmaterialised,
+            **self.control.status(),
             "was": {
                 "fetches": counters.fetches,
                 "bytes": counters.bytes,
                 "stall_seconds": counters.stall_seconds,
                 "resyncs": counters.resyncs,
             },
-            "cas": dict.fromkeys(CAS_COUNTERS, 0),
+            "cas": {
+                **self.control.cas_counters(),
+                **(self.cas.counters() if self.cas is not None else {}),
+            },
         }

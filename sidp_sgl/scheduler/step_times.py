@@ -6,17 +6,19 @@ Room: scheduler. Pure: measured at start, corrected by every step. All times in 
 from bisect import bisect_left
 from itertools import accumulate
 
-from sidp_sgl.scheduler.mode_policy import CAS
+from sidp_sgl.scheduler.mode_policy import CAS, WAS
 
 _WEIGHT = 0.1  # of a new observation in a moving average
 _BOUND_SHARE = 0.1  # a WaS step that stalls for more of its time is bound by its fetches
 _OUTLIER = 10.0  # times the estimate of a step: more than that is a disturbance, not its time
+_FORGET = 0.001  # per WaS step: what CaS steps cost is measured in CaS steps only
 
 
 class StepTimes:
     """`fetch_seconds`: all fetches of a step; `compute_seconds`: batch size → compute of a step.
 
-    Raises ValueError where `compute_seconds` is empty.
+    A CaS step takes its compute and an overhead, a WaS step its compute and another overhead, or
+    its fetches where these take longer. Raises ValueError where `compute_seconds` is empty.
     """
 
     def __init__(self, fetch_seconds: float, compute_seconds: dict[int, float]) -> None:
@@ -26,50 +28,43 @@ class StepTimes:
         self._sizes = sorted(compute_seconds)
         # A larger batch that measured faster is noise, and would make the threshold ambiguous.
         self._seconds = list(accumulate((compute_seconds[size] for size in self._sizes), max))
-        self._overhead: float | None = None  # None until the first observation
-        self._remote: float | None = None
+        self._overheads: dict[str, float] = {}  # by mode, from its first observation on
 
-    @property
-    def overhead_seconds(self) -> float:
-        """What a step takes beyond its measured compute; below 0 where it takes less."""
-        return self._overhead or 0.0
+    def overhead_seconds(self, mode: str) -> float:
+        """What a step takes beyond the measured compute, without stalls: scheduling, longer
+        contexts, and in CaS the way to the owners. Below 0 where it takes less. A mode that was
+        not seen yet is taken to be like the other one."""
+        other = self._overheads.get(WAS if mode == CAS else CAS, 0.0)
+        return self._overheads.get(mode, other)
 
-    @property
-    def remote_seconds(self) -> float:
-        """What a CaS step waits for remote units; 0.0 before the first one."""
-        return self._remote or 0.0
-
-    def observe(
-        self,
-        mode: str,
-        batch_size: int,
-        seconds: float,
-        stall_seconds: float,
-        wait_seconds: float,
-    ) -> None:
-        """A decode step took `seconds` in all: of these it stalled for fetches, and waited for
-        remote units."""
+    def observe(self, mode: str, batch_size: int, seconds: float, stall_seconds: float) -> None:
+        """A decode step took `seconds` in all, `stall_seconds` of them waiting for fetches."""
         limit = self._limit(mode, batch_size)
-        local = max(0.0, min(seconds - stall_seconds - wait_seconds, limit))
-        self._overhead = _averaged(self._overhead, local - self._measured(batch_size))
-        if mode == CAS:
-            self._remote = _averaged(self._remote, min(wait_seconds, limit))
-        elif stall_seconds > _BOUND_SHARE * seconds:
-            self.fetch_seconds = _averaged(self.fetch_seconds, min(seconds, limit))
+        local = max(0.0, min(seconds - stall_seconds, limit))
+        overhead = local - self._measured(batch_size)
+        self._overheads[mode] = _averaged(self._overheads.get(mode), overhead)
+        if mode == WAS:
+            self._observe_fetches(min(seconds, limit), stall_seconds > _BOUND_SHARE * seconds)
+            if CAS in self._overheads:
+                difference = self._overheads[WAS] - self._overheads[CAS]
+                self._overheads[CAS] += _FORGET * difference
+
+    def _observe_fetches(self, seconds: float, is_bound: bool) -> None:
+        """A WaS step that waits takes as long as its fetches; one that does not, longer."""
+        if is_bound or seconds < self.fetch_seconds:
+            self.fetch_seconds += _WEIGHT * (seconds - self.fetch_seconds)
 
     def _limit(self, mode: str, batch_size: int) -> float:
         """The longest observation that is believed: stopped processes must not set the times."""
-        estimate = self.step_seconds(batch_size)
-        if mode == CAS and self._remote is not None:
-            estimate += self._remote
-        else:
+        estimate = self.step_seconds(mode, batch_size)
+        if mode == WAS or mode not in self._overheads:
             estimate = max(estimate, self.fetch_seconds)
         # An estimate of zero must be able to recover.
         return _OUTLIER * estimate if estimate > 0 else float("inf")
 
-    def step_seconds(self, batch_size: int) -> float:
-        """Estimate of a decode step with all weights local."""
-        return max(0.0, self._measured(batch_size) + self.overhead_seconds)
+    def step_seconds(self, mode: str, batch_size: int) -> float:
+        """Estimate of a decode step that does not stall for fetches."""
+        return max(0.0, self._measured(batch_size) + self.overhead_seconds(mode))
 
     def _measured(self, batch_size: int) -> float:
         """Compute time as measured at start, on the line through the two nearest batch sizes."""
@@ -82,15 +77,14 @@ class StepTimes:
         return max(0.0, seconds[left] + slope * (batch_size - sizes[left]))
 
     def threshold(self, max_batch: int) -> int:
-        """The smallest batch size whose CaS step would take as long as the fetches of a WaS step.
-
-        From there WaS, which takes the longer of compute and fetches, is as fast; `max_batch` + 1
-        where no batch is that large.
-        """
-        remote = self.remote_seconds
+        """The smallest batch size from which WaS is at least as fast as CaS, or hides its
+        fetches; `max_batch` + 1 where no batch is that large."""
+        overhead = max(self.overhead_seconds(WAS), self.overhead_seconds(CAS))
         sizes = range(1, max_batch + 1)
         return 1 + bisect_left(
-            sizes, self.fetch_seconds, key=lambda size: self.step_seconds(size) + remote
+            sizes,
+            self.fetch_seconds,
+            key=lambda size: max(0.0, self._measured(size) + overhead),
         )
 
 

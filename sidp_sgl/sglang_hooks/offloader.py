@@ -4,7 +4,9 @@ Room: sglang_hooks. While layers are built, those of other ranks become placehol
 loading, the rank's own tensors move into its blocks, the ranks meet, and the slots take over.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +17,18 @@ from torch import nn
 from sidp_sgl.config import SidpError
 from sidp_sgl.sglang_hooks import cpu_memory, placeholders
 from sidp_sgl.sglang_hooks.required import Hook
-from sidp_sgl.sglang_hooks.units import Unit, find_units
+from sidp_sgl.sglang_hooks.units import Unit, find_units, pooled_unit
+from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.pool import WeightPool
+from sidp_sgl.weightpool.pooled_unit import PooledUnit
 
-MeetPeers = Callable[[WeightPool], None]
+MeetPeers = Callable[[list[PooledUnit]], UnitExecution]
 
 
 class PoolOffloader(BaseOffloader):
-    """Connects one model to one pool. `meet_peers` connects the pool with those of the others."""
+    """Connects one model to one pool. `meet_peers` connects the pool with those of the others, and
+    says how units are computed from then on."""
 
     def __init__(self, pool: WeightPool, pooled_units: str, meet_peers: MeetPeers) -> None:
         self._pool = pool
@@ -61,15 +66,17 @@ class PoolOffloader(BaseOffloader):
 
     def post_init(self) -> None:
         self._move_into_blocks()
-        self._meet_peers(self._pool)
+        modules = [unit.module for _, units in self._layers for unit in units]
+        pooled_units = self._pooled_unit_list()
+        execution = self._meet_peers(pooled_units)
         views = self._pool.start()
         for index, (layer, units) in enumerate(self._layers):
             if not self._pool.owns(index):
                 self._view_slots(layer, units, views[index])
-            for unit in units:
-                self._wrap_forward(unit.module, index, is_last=unit is units[-1])
+        for module, pooled in zip(modules, pooled_units, strict=True):
+            module.forward = partial(execution.run, pooled)
         sizes = self._pool.bytes()
-        cpu_memory.charge_pool(sizes.owned_bytes + sizes.cache_bytes)
+        cpu_memory.charge_pool(sizes.owned_bytes + sizes.cache_bytes + execution.staging_bytes)
         first_layer, _ = self._layers[0]
         first_layer._derived_weight_cache_error = (  # type: ignore[assignment]
             "weights can't be updated at run time with --sidp: restart the engine"
@@ -99,17 +106,14 @@ class PoolOffloader(BaseOffloader):
             self.unmaterialised += 1
             placeholders.view_pool(layer, name, view)
 
-    def _wrap_forward(self, module: nn.Module, index: int, *, is_last: bool) -> None:
-        forward, pool = module.forward, self._pool
-
-        def pooled_forward(*args: Any, **kwargs: Any) -> Any:
-            pool.enter(index)
-            result = forward(*args, **kwargs)
-            if is_last:
-                pool.leave(index)
-            return result
-
-        module.forward = pooled_forward
+    def _pooled_unit_list(self) -> list[PooledUnit]:
+        """All units, numbered in the order of the forward pass."""
+        numbers = itertools.count()
+        return [
+            pooled_unit(unit, next(numbers), index, is_last=unit is units[-1])
+            for index, (_, units) in enumerate(self._layers)
+            for unit in units
+        ]
 
 
 def _pairs(units: list[Unit]) -> list[tuple[str, nn.Module]]:

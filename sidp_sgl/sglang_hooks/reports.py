@@ -18,6 +18,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sidp_sgl.config import SidpError
 from sidp_sgl.scheduler.liveness import Exited, Lifeline, Pooled, give_up, watch_process
 from sidp_sgl.scheduler.spawning import DIRECTORY
+from sidp_sgl.scheduler.state_receiver import StateReceiver
 from sidp_sgl.sglang_hooks import sockets
 from sidp_sgl.sglang_hooks.required import Hook
 
@@ -99,9 +100,14 @@ class ControllerReports:
         controller = "sglang.srt.managers.data_parallel_controller.DataParallelController"
         return [
             sockets.HOOK,
+            Hook(f"{controller}.__init__", self._receive_states, HookType.BEFORE),
             Hook(f"{controller}.launch_dp_schedulers", self._launch_all, HookType.AROUND),
             Hook(f"{controller}.launch_tensor_parallel_group", self._launch, HookType.AROUND),
         ]
+
+    def _receive_states(self, controller: Any, *_: Any, **__: Any) -> None:
+        """Before the ranks are launched: they connect as soon as they run."""
+        controller.sidp_states = StateReceiver(Path(os.environ[DIRECTORY]))
 
     def _launch_all(self, original: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
         controller.scheduler_procs = _WatchedProcesses(self._lifeline)

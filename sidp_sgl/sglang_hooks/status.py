@@ -12,13 +12,11 @@ from sidp_sgl.sglang_hooks.required import Hook
 
 
 class StatusHooks:
-    """`pool_status()` gives the pool's part; the scheduler's part is read here."""
+    """`rank_status()` gives the pool's and the modes' part; the scheduler's part is read here."""
 
-    def __init__(self, pool_status: Callable[[], dict[str, Any]]) -> None:
-        self._pool_status = pool_status
-        self._iterations = 0
-        self._logged_stall = 0.0
-        self._logged_bytes = 0
+    def __init__(self, rank_status: Callable[[], dict[str, Any]]) -> None:
+        self._rank_status = rank_status
+        self._logged: dict[str, float] = {}
 
     def hooks(self) -> list[Hook]:
         components = "sglang.srt.managers.scheduler_components"
@@ -33,33 +31,38 @@ class StatusHooks:
                 self._add_log_part,
                 HookType.AFTER,
             ),
-            Hook(
-                "sglang.srt.managers.scheduler.Scheduler.run_batch",
-                self._count_iteration,
-                HookType.BEFORE,
-            ),
         ]
-
-    def _count_iteration(self, *_: Any, **__: Any) -> None:
-        self._iterations += 1
 
     def _add_status(self, output: Any, controller: Any, *_: Any) -> Any:
         scheduler = controller.scheduler
         stats = scheduler.pool_stats_observer.get_pool_stats()
         output.internal_state["sidp"] = {
-            **self._pool_status(),
+            **self._rank_status(),
             "kv_capacity_tokens": int(scheduler.max_total_num_tokens),
             "kv_headroom_tokens": int(stats.full_available_size + stats.full_evictable_size),
             "running_batch_size": len(scheduler.running_batch.reqs),
             "waiting_requests": len(scheduler.waiting_queue),
-            "iterations": {"was": self._iterations, "cas": 0},
         }
         return output
 
     def _add_log_part(self, parts: list[str], *_: Any) -> list[str]:
-        was = self._pool_status()["was"]
-        fetched, stalled = was["bytes"], was["stall_seconds"]
-        megabytes = (fetched - self._logged_bytes) / 1e6
-        milliseconds = (stalled - self._logged_stall) * 1e3
-        self._logged_bytes, self._logged_stall = fetched, stalled
-        return [*parts, f"sidp: was, fetched {megabytes:.1f} MB, stalled {milliseconds:.1f} ms"]
+        status = self._rank_status()
+        was, cas, steps = status["was"], status["cas"], status["iterations"]
+        text = (
+            f"sidp: {status['mode']}, fetched {self._since('MB', was['bytes'] / 1e6):.1f} MB, "
+            f"stalled {self._since('stall', was['stall_seconds'] * 1e3):.1f} ms"
+        )
+        if cas_steps := self._since("steps", steps["cas"]):
+            text += (
+                f", {cas_steps:.0f} CaS steps, sent {self._since('sent', cas['rows_sent']):.0f} "
+                f"rows, waited {self._since('wait', cas['wait_seconds'] * 1e3):.1f} ms"
+            )
+        if served := self._since("served", cas.get("rows_served", 0)):
+            text += f", served {served:.0f} rows"
+        return [*parts, text]
+
+    def _since(self, name: str, value: float) -> float:
+        """How far a counter has come since the last line."""
+        before = self._logged.get(name, 0.0)
+        self._logged[name] = value
+        return value - before

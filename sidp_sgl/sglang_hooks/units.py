@@ -5,13 +5,16 @@ attention's projections. They come in the order in which a layer's forward pass 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from sglang.srt.layers.linear import LinearBase, RowParallelLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import nn
 
 from sidp_sgl.config import SidpError
+from sidp_sgl.weightpool.pooled_unit import PooledUnit
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,36 @@ def find_units(layer: nn.Module, index: int, pool: str) -> list[Unit]:
         ]
     units.append(Unit(*ffns[0]))
     return units
+
+
+def pooled_unit(unit: Unit, number: int, layer: int, *, is_last: bool) -> PooledUnit:
+    """`unit` as the weight pool sees it; before its forward is wrapped."""
+    module, forward = unit.module, unit.module.forward
+    linears = [part for part in module.modules() if isinstance(part, LinearBase)]
+    is_linear = isinstance(module, LinearBase)
+    if is_linear and module.skip_bias_add:
+        raise SidpError(
+            f"--sidp-pool linear: {unit.name} of layer {layer} leaves its bias to its caller, "
+            "which can't be pooled: use --sidp-pool ffn"
+        )
+
+    def compute(rows: torch.Tensor) -> torch.Tensor:
+        return forward(rows)[0] if is_linear else forward(rows)
+
+    def pack(rows: torch.Tensor) -> Any:
+        return (rows, None) if is_linear else rows
+
+    return PooledUnit(
+        number,
+        layer,
+        is_last,
+        in_width=linears[0].input_size,
+        out_width=linears[-1].output_size,
+        dtype=linears[0].params_dtype,
+        forward=forward,
+        compute=compute,
+        pack=pack,
+    )
 
 
 def _contains(module: nn.Module, kind: type) -> bool:

@@ -99,11 +99,15 @@ class WeightPool:
             self.prefetcher.acquire(layer)
         self._entered = layer
 
-    def leave(self, layer: int) -> None:
-        """The forward pass is through with the last unit of `layer`."""
-        if not self.owns(layer):
+    def leave(self, layer: int, *, keep: bool = False) -> None:
+        """The forward pass is through with the last unit of `layer`, which may `keep` its slot."""
+        if not self.owns(layer) and not keep:
             self.prefetcher.release(layer)
         self._entered = None
+
+    def holds(self, layer: int) -> bool:
+        """Whether the weights of `layer` are here, or on their way into its slot."""
+        return self.owns(layer) or self.prefetcher.slot_of(layer).layer == layer
 
     def bytes(self) -> PoolBytes:
         return PoolBytes(

@@ -1,0 +1,40 @@
+"""One rank's part in CaS put together: its calls to owners, and its service to requesters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sidp_sgl.weightpool.calls import Calls
+from sidp_sgl.weightpool.compute_service import ComputeService
+from sidp_sgl.weightpool.pooled_unit import PooledUnit
+from sidp_sgl.weightpool.remote import RemoteUnits
+from sidp_sgl.weightpool.staging import Staging
+
+
+class ComputeGroup:
+    """`units`: all units of the model; the service computes `owned` ones."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        staging: Staging,
+        owned: Sequence[PooledUnit],
+        on_busy: Callable[[float, float], None],
+    ) -> None:
+        self.calls = calls
+        self.remote = RemoteUnits(calls, staging)
+        self.service = ComputeService(calls, {unit.number: unit for unit in owned}, on_busy)
+
+    def counters(self) -> dict[str, Any]:
+        """What was sent and served; times in seconds."""
+        remote, service = self.remote.counters, self.service.counters
+        return {
+            "calls": remote.calls,
+            "rows_sent": remote.rows_sent,
+            "fallbacks": remote.fallbacks,
+            "wait_seconds": remote.wait_seconds,
+            "rows_served": service.rows_served,
+            "gemms": service.gemms,
+            "fused_gemms": service.fused_gemms,
+            "failed": service.failed,
+            "busy_seconds": service.busy_seconds,
+        }

@@ -1,0 +1,84 @@
+"""CaS between ranks of one process: real calls and services, units over seeded weights."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from sidp_sgl.weightpool.compute_group import ComputeGroup
+from sidp_sgl.weightpool.pooled_unit import PooledUnit
+from sidp_sgl.weightpool.shm_calls import ShmCalls
+from sidp_sgl.weightpool.staging import Staging, make_staging
+
+IN_WIDTH, OUT_WIDTH = 12, 20
+
+
+def weight(layer: int) -> torch.Tensor:
+    """[IN_WIDTH, OUT_WIDTH], of whole numbers: sums are exact in any order."""
+    generator = torch.Generator().manual_seed(layer)
+    return torch.randint(-8, 8, (IN_WIDTH, OUT_WIDTH), generator=generator).float()
+
+
+def make_rows(num_rows: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randint(-8, 8, (num_rows, IN_WIDTH), generator=generator).float()
+
+
+def matmul_unit(layer: int, get_weight: Callable[[], torch.Tensor] | None = None) -> PooledUnit:
+    """Unit number `layer`; its weight is asked for at every use."""
+
+    def compute(rows: torch.Tensor) -> torch.Tensor:
+        return rows @ (get_weight() if get_weight is not None else weight(layer))
+
+    return PooledUnit(
+        layer, layer, True, IN_WIDTH, OUT_WIDTH, torch.float32, compute, compute, lambda rows: rows
+    )
+
+
+@contextmanager
+def connected_calls(num_ranks: int, staging: Staging) -> Iterator[list[ShmCalls]]:
+    """The calls of all ranks, each connected with each."""
+    ends = [
+        ShmCalls(rank, num_ranks, staging.inbox_bytes, staging.results_bytes)
+        for rank in range(num_ranks)
+    ]
+    try:
+        for rank, end in enumerate(ends):
+            for peer, other in enumerate(ends):
+                if peer != rank:
+                    end.connect(peer, [os.dup(fd) for fd in other.export()])
+        yield ends
+    finally:
+        for end in ends:
+            end.close()
+
+
+@contextmanager
+def compute_groups(
+    num_ranks: int,
+    units: Sequence[PooledUnit],
+    owners: Sequence[int],
+    *,
+    start: bool = True,
+) -> Iterator[list[ComputeGroup]]:
+    """Every rank's part in CaS; with `start`, their services run."""
+    staging = make_staging(units, num_ranks)
+    with connected_calls(num_ranks, staging) as ends:
+        groups = [
+            ComputeGroup(
+                calls,
+                staging,
+                [unit for unit in units if owners[unit.layer] == rank],
+                lambda start, end: None,
+            )
+            for rank, calls in enumerate(ends)
+        ]
+        if start:
+            for group in groups:
+                group.service.start()
+        try:
+            yield groups
+        finally:
+            for group in groups:
+                group.service.close()
