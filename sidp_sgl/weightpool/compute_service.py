@@ -8,13 +8,13 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from sidp_sgl.weightpool.calls import Call, Calls, Outcome
-from sidp_sgl.weightpool.pooled_unit import PooledUnit, rows_view
+from sidp_sgl.weightpool.pooled_unit import PooledUnit, RowsViews
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0
@@ -44,6 +44,8 @@ class ComputeService:
     ) -> None:
         self.counters = ServiceCounters()
         self._calls = calls
+        self._inbox = RowsViews(calls.inbox)
+        self._results: dict[int, RowsViews] = {}
         self._units = units
         self._on_busy = on_busy
         self._stopped = False
@@ -83,19 +85,26 @@ class ComputeService:
                 for call in together:
                     self._calls.answer(call, Outcome.FAILED)
 
+    def _results_of(self, requester: int) -> RowsViews:
+        found = self._results.get(requester)
+        if found is None:
+            found = self._results[requester] = RowsViews(self._calls.results_of(requester))
+        return found
+
     def _compute(self, unit: PooledUnit, calls: list[Call]) -> None:
         inputs = [
-            rows_view(self._calls.inbox, call.offset, call.rows, unit.in_width, unit.dtype)
-            for call in calls
+            self._inbox.view(call.offset, call.rows, unit.in_width, unit.dtype) for call in calls
         ]
         targets = [
-            rows_view(
-                self._calls.results_of(call.requester), 0, call.rows, unit.out_width, unit.dtype
-            )
+            self._results_of(call.requester).view(0, call.rows, unit.out_width, unit.dtype)
             for call in calls
         ]
-        staging = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        outputs = unit.compute(staging).split([call.rows for call in calls])
+        if len(calls) == 1:
+            staging = inputs[0]
+            outputs: Sequence[torch.Tensor] = [unit.compute(staging)]
+        else:
+            staging = torch.cat(inputs)
+            outputs = unit.compute(staging).split([call.rows for call in calls])
         counters = self.counters
         counters.calls += len(calls)
         counters.gemms += 1

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+_MAX_VIEWS = 1024  # remembered per memory
+
 
 @dataclass(frozen=True)
 class PooledUnit:
@@ -30,6 +32,23 @@ class PooledUnit:
     def row_bytes(self) -> tuple[int, int]:
         """Bytes of a row on its way to the owner and back."""
         return self.in_width * self.dtype.itemsize, self.out_width * self.dtype.itemsize
+
+
+class RowsViews:
+    """`rows_view` of one memory, remembered: making a view takes longer than copying a few rows."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self._views: dict[tuple[int, int, int, torch.dtype], torch.Tensor] = {}
+
+    def view(self, offset: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        key = (offset, rows, width, dtype)
+        found = self._views.get(key)
+        if found is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            found = self._views[key] = rows_view(self._memory, *key)
+        return found
 
 
 def rows_view(

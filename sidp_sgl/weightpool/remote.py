@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sidp_sgl.weightpool.calls import Calls, Outcome
-from sidp_sgl.weightpool.pooled_unit import PooledUnit, rows_view
+from sidp_sgl.weightpool.pooled_unit import PooledUnit, RowsViews
 from sidp_sgl.weightpool.staging import Staging
 
 PATIENCE_SECONDS = 1.0  # an owner answers within milliseconds unless it was stopped
@@ -34,6 +34,8 @@ class RemoteUnits:
         self.counters = RemoteCounters()
         self.staging = staging
         self._calls = calls
+        self._inboxes: dict[int, RowsViews] = {}
+        self._results = RowsViews(calls.results)
         self._patience = patience
         self._offsets: Mapping[int, int] | None = None  # owner → first leased row, in a CaS step
         self._rows = 0
@@ -70,8 +72,10 @@ class RemoteUnits:
             return None
         started = time.perf_counter()
         offset = self._offsets[owner] * self.staging.row_bytes
-        inbox = self._calls.inbox_of(owner)
-        rows_view(inbox, offset, num_rows, unit.in_width, unit.dtype).copy_(rows)
+        inbox = self._inboxes.get(owner)
+        if inbox is None:
+            inbox = self._inboxes[owner] = RowsViews(self._calls.inbox_of(owner))
+        inbox.view(offset, num_rows, unit.in_width, unit.dtype).copy_(rows)
         self._calls.send(owner, unit.number, offset, num_rows)
         outcome = self._calls.wait(owner, self._patience)
         counters = self.counters
@@ -83,8 +87,7 @@ class RemoteUnits:
         if outcome is not Outcome.DONE:
             self._fall_back()
             return None
-        result = rows_view(self._calls.results, 0, num_rows, unit.out_width, unit.dtype)
-        return result.clone()
+        return self._results.view(0, num_rows, unit.out_width, unit.dtype).clone()
 
     def _fall_back(self) -> None:
         self.counters.fallbacks += 1
