@@ -13,11 +13,12 @@ class RankMemory:
     pooled_bytes: int = 0  # weights that the group pools, all ranks together
     owned_bytes: int | None = None  # of those, this rank's; None without pooling: all
     cache_bytes: int = 0  # slots
+    staging_bytes: int = 0  # rows on their way to owners and back
 
     def weight_bytes(self) -> int:
-        """What weights and slots take on this rank."""
+        """What weights, slots and staging take on this rank."""
         owned = self.pooled_bytes if self.owned_bytes is None else self.owned_bytes
-        return self.replicated_bytes + owned + self.cache_bytes
+        return self.replicated_bytes + owned + self.cache_bytes + self.staging_bytes
 
     def kv_tokens(self, kv_bytes_per_token: int) -> int:
         """KV capacity in tokens as SGLang profiles it; 0 where the weights don't fit."""

@@ -14,7 +14,14 @@ import sglang
 
 from examples.demo_model.arithmetic import few_shot_header, held_out_problems
 from sidp_sgl.scheduler.disturbances import VARIABLE as DISTURBANCES
-from tests.e2e.test_parity import NEW_TOKENS, PROMPTS, SETTINGS, Model, plain_sglang
+from tests.e2e.test_parity import (
+    NEW_TOKENS,
+    PROMPTS,
+    SETTINGS,
+    Model,
+    check_capacity,
+    plain_sglang,
+)
 from tests.support.engines import answer, engine, environment, statuses
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
@@ -65,6 +72,8 @@ def test_one_request_at_a_time_equals_plain_sglang(case: Case, checkpoints: Path
                 assert got.token_ids == expected.token_ids
                 assert got.logprobs == pytest.approx(expected.logprobs, abs=LOGPROB_TOLERANCE)
             check_mechanism(case, rank, before, statuses(running))
+        check_capacity(plain, statuses(running))
+        assert all(status["staging_bytes"] > 0 for status in statuses(running))
 
 
 def check_mechanism(case: Case, rank: int, before: list[dict], after: list[dict]) -> None:
@@ -161,15 +170,15 @@ def test_many_requests_with_aborts_give_the_same_texts(
     assert texts == plain_texts
     check_group(states)
     if disturbances:
-        assert all(state["mode_switches"] > 10 for state in states)
-        assert all(state["cas"]["declined"] > 0 for state in states)
+        assert all(state["mode_switches"] > 5 for state in states)
+        assert sum(state["cas"]["declined"] for state in states) > 0
     else:
         assert sum(state["cas"]["fused_gemms"] for state in states) > 0
 
 
 def check_group(states: list[dict[str, Any]]) -> None:
     """All ranks ran CaS steps, and everything that was sent was served once."""
-    assert all(state["iterations"]["cas"] > 10 for state in states)
+    assert all(state["iterations"]["cas"] > 5 for state in states)
     sent = sum(state["cas"]["rows_sent"] for state in states)
     assert sum(state["cas"]["rows_served"] for state in states) == sent > 0
     assert all(state["cas"]["failed"] == 0 for state in states)

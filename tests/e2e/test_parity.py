@@ -100,6 +100,7 @@ def pooled(request: Any, checkpoints: Path) -> Iterator[tuple[Case, Plain, Any]]
         plain.folder,
         dp_size=case.dp_size,
         sidp=True,
+        sidp_mode="was",
         sidp_placement=case.placement,
         sidp_prefetch_order=case.order,
         sidp_cache_slots=case.slots,
@@ -117,7 +118,7 @@ def test_pooled_engine_equals_plain_sglang(pooled: tuple[Case, Plain, Any]) -> N
         for prompt, expected in zip(PROMPTS, plain.answers, strict=True):
             assert answer(running, prompt, NEW_TOKENS, rank) == expected
     check_mechanism(case, before, statuses(running))
-    check_capacity(case, plain, statuses(running))
+    check_capacity(plain, statuses(running))
     check_checkpoint_bytes(case, plain, statuses(running))
 
 
@@ -143,14 +144,14 @@ def check_mechanism(case: Case, before: list[dict], after: list[dict]) -> None:
         assert new["was"]["resyncs"] == 0
 
 
-def check_capacity(case: Case, plain: Plain, after: list[dict]) -> None:
+def check_capacity(plain: Plain, after: list[dict]) -> None:
     """KV capacity grows by exactly what was freed, through SGLang's own profiling."""
     config = json.loads((plain.folder / "config.json").read_text())
     per_token = kv_bytes_per_token(
         config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"], 2
     )
     for status in after:
-        fields = ("replicated_bytes", "pooled_bytes", "owned_bytes", "cache_bytes")
+        fields = ("replicated_bytes", "pooled_bytes", "owned_bytes", "cache_bytes", "staging_bytes")
         memory = RankMemory(16 << 20, 0.9, **{name: status[name] for name in fields})
         assert status["kv_capacity_tokens"] == pytest.approx(memory.kv_tokens(per_token), rel=0.001)
         full = RankMemory(16 << 20, 0.9, status["replicated_bytes"], status["pooled_bytes"])
