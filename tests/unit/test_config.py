@@ -33,6 +33,7 @@ def test_defaults() -> None:
         "sidp": False,
         "sidp_pool": "ffn",
         "sidp_mode": "auto",
+        "sidp_batch_threshold": "auto",
         "sidp_placement": "interleaved",
         "sidp_cache_slots": None,
         "sidp_prefetch_order": "ticketed",
@@ -78,6 +79,33 @@ def test_link_rate_out_of_range(rate: Any) -> None:
     assert "--sidp-link-gbps" in refusal(sidp=True, sidp_link_gbps=rate)
 
 
+@pytest.mark.parametrize(
+    ("given", "taken"), [("auto", "auto"), (1, 1), (64, 64), ("64", 64), ("007", 7)]
+)
+def test_a_threshold_is_auto_or_a_batch_size(given: Any, taken: int | str) -> None:
+    config = SidpConfig.from_values({"sidp": True, "sidp_batch_threshold": given})
+    assert config.sidp_batch_threshold == taken
+    assert type(config.sidp_batch_threshold) is type(taken)
+
+
+@pytest.mark.parametrize(
+    "value", [0, -3, "0", "-3", "", "many", "8.0", 8.0, "1e2", " 8", "٨", "²", True, False, None]
+)
+def test_a_threshold_that_is_no_batch_size(value: Any) -> None:
+    message = refusal(sidp=True, sidp_batch_threshold=value)
+    assert "--sidp-batch-threshold" in message
+    assert repr(value) in message
+
+
+@pytest.mark.parametrize("mode", ["was", "cas"])
+@pytest.mark.parametrize("threshold", [8, "8"])
+def test_a_threshold_has_no_effect_where_the_mode_is_fixed(mode: str, threshold: Any) -> None:
+    message = refusal(sidp=True, sidp_mode=mode, sidp_batch_threshold=threshold)
+    assert "--sidp-batch-threshold 8 has no effect with --sidp-mode" in message
+    assert mode in message
+    SidpConfig.from_values({"sidp": True, "sidp_mode": mode, "sidp_batch_threshold": "auto"})
+
+
 @pytest.mark.parametrize("value", ["yes", 1, None])
 def test_the_switch_is_a_switch(value: Any) -> None:
     assert "--sidp is a switch" in refusal(sidp=value)
@@ -88,6 +116,9 @@ def test_the_switch_is_a_switch(value: Any) -> None:
     [
         ("sidp_pool", "linear"),
         ("sidp_mode", "was"),
+        ("sidp_mode", "cas"),
+        ("sidp_batch_threshold", 8),
+        ("sidp_batch_threshold", "8"),
         ("sidp_placement", "contiguous"),
         ("sidp_cache_slots", 2),
         ("sidp_prefetch_order", "shifted"),
@@ -106,9 +137,15 @@ def test_a_flag_without_sidp_is_refused(name: str, value: Any) -> None:
     st.sampled_from(PREFETCH_ORDERS),
     st.none() | st.integers(1, 1000),
     st.none() | st.floats(1e-6, 1e6),
+    st.just("auto") | st.integers(1, 1000) | st.integers(1, 1000).map(str),
 )
 def test_valid_values_survive_the_way_into_other_processes(
-    pool: str, placement: str, order: str, slots: int | None, rate: float | None
+    pool: str,
+    placement: str,
+    order: str,
+    slots: int | None,
+    rate: float | None,
+    threshold: int | str,
 ) -> None:
     config = SidpConfig.from_values(
         {
@@ -118,6 +155,7 @@ def test_valid_values_survive_the_way_into_other_processes(
             "sidp_prefetch_order": order,
             "sidp_cache_slots": slots,
             "sidp_link_gbps": rate,
+            "sidp_batch_threshold": threshold,
         }
     ).with_group("engine")
     assert SidpConfig(**config.as_dict()) == config

@@ -1,6 +1,7 @@
 """What does not go with --sidp is refused in one line with flag, reason and remedy, before
 anything is started: on `sgl.Engine` as an exception, on a command line as `error: …`."""
 
+import argparse
 import json
 import os
 import shutil
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 import sglang
 
-from sidp_sgl.config import SidpConfig, SidpError, SidpUsageError
-from sidp_sgl.sglang_hooks import refusals, required
+from sidp_sgl.config import SidpConfig, SidpError, SidpUsageError, flag_name
+from sidp_sgl.sglang_hooks import arguments, refusals, required
 from tests.support.checkpoints import write_checkpoint
 
 BAD_SETTINGS = [
@@ -39,7 +40,9 @@ BAD_SETTINGS = [
     ({"load_format": "dummy"}, "--load-format"),
     ({"device": "cuda"}, "--device"),
     ({"sidp_pool": "everything"}, "--sidp-pool"),
-    ({"sidp_mode": "cas"}, "--sidp-mode"),
+    ({"sidp_mode": "fast"}, "--sidp-mode"),
+    ({"sidp_batch_threshold": 0}, "--sidp-batch-threshold"),
+    ({"sidp_batch_threshold": "8", "sidp_mode": "cas"}, "--sidp-batch-threshold"),
     ({"sidp_placement": "random"}, "--sidp-placement"),
     ({"sidp_prefetch_order": "reverse"}, "--sidp-prefetch-order"),
     ({"sidp_cache_slots": 0}, "--sidp-cache-slots"),
@@ -47,6 +50,7 @@ BAD_SETTINGS = [
     ({"sidp_cache_slots": 2, "sidp_prefetch_order": "shifted", "dp_size": 4}, "--sidp-cache-slots"),
     ({"sidp_link_gbps": -1}, "--sidp-link-gbps"),
     ({"sidp": False, "sidp_pool": "linear"}, "--sidp-pool"),
+    ({"sidp": False, "sidp_batch_threshold": 8}, "--sidp-batch-threshold"),
     ({"sidp_slots": 3}, "sidp_slots"),
 ]
 
@@ -75,7 +79,9 @@ def test_engine_refuses(checkpoint: Path, keywords: dict[str, Any], flag: str) -
         start(checkpoint, **keywords)
     message = str(caught.value)
     assert flag in message and "\n" not in message
-    assert any(word in message for word in ("use", "drop", "choose", "needs", "add", "takes"))
+    assert any(
+        word in message for word in ("use", "drop", "choose", "needs", "add", "takes", "leave")
+    )
 
 
 def test_every_rule_has_a_case() -> None:
@@ -138,9 +144,25 @@ def test_a_missing_hook_target_is_named() -> None:
         required.apply([hook])
 
 
-def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize(
+    ("flags", "mode", "threshold"),
+    [
+        ([], "auto", "auto"),
+        (["--sidp-mode", "cas"], "cas", "auto"),
+        (["--sidp-batch-threshold", "auto"], "auto", "auto"),
+        (["--sidp-batch-threshold", "24"], "auto", 24),
+    ],
+)
+def test_flags_become_the_config(flags: list[str], mode: str, threshold: int | str) -> None:
+    parser = argparse.ArgumentParser()
+    arguments._add_flags(None, parser)
+    config = SidpConfig.from_values(vars(parser.parse_args(["--sidp", *flags])))
+    assert (config.sidp_mode, config.sidp_batch_threshold) == (mode, threshold)
+
+
+def command_line(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sglang.launch_server", *arguments],
+        [sys.executable, "-m", "sglang.launch_server", *options],
         capture_output=True,
         text=True,
         timeout=300,
@@ -159,5 +181,6 @@ def test_command_line_refuses_in_one_line(checkpoint: Path) -> None:
 def test_help_shows_the_flags() -> None:
     run = command_line("--help")
     assert run.returncode == 0
-    for flag in ("--sidp ", "--sidp-pool", "--sidp-cache-slots", "--sidp-link-gbps"):
-        assert flag in run.stdout
+    for name in SidpConfig.flags():
+        assert f"{flag_name(name)} " in run.stdout
+    assert "--sidp-batch-threshold {auto,N}" in run.stdout
