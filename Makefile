@@ -29,6 +29,7 @@ e2e: install
 bench: install
 	PYTHONWARNINGS=ignore $(PYTHON) -m bench.prefetch_order
 	PYTHONWARNINGS=ignore $(PYTHON) -m bench.was_throughput
+	PYTHONWARNINGS=ignore $(PYTHON) -m bench.iteration_time
 
 lint: install
 	$(VENV)/bin/ruff check .

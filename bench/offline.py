@@ -1,6 +1,7 @@
 """Runs one offline job on a real engine and measures what the demo and the benches show."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -27,6 +28,8 @@ class JobResult:
     prompt_tokens: int
     cached_tokens: int
     mean_batch: float  # running requests per rank, averaged over the time it had any
+    batches: list[tuple[float, float]]  # time since the start, running requests per rank
+    statuses: list[tuple[float, list[dict[str, Any]]]]  # time, every rank's `sidp` dictionary
 
     @property
     def tokens_per_second(self) -> float:
@@ -43,16 +46,15 @@ class BatchSampler:
     def __init__(self, engine: sglang.Engine, num_ranks: int) -> None:
         path = shm_path_for(engine.port_args.instance_id)
         self._reader = ShmLoadSnapshotReader(path, num_ranks)
-        self._sum = self._count = 0
+        self.samples: list[tuple[float, list[int]]] = []  # time since the start, of every rank
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
+        started = time.perf_counter()
         while not self._stop.wait(SAMPLE_SECONDS):
-            for load in self._reader.read_all():
-                if load.num_running_reqs:
-                    self._sum += load.num_running_reqs
-                    self._count += 1
+            running = [load.num_running_reqs for load in self._reader.read_all()]
+            self.samples.append((time.perf_counter() - started, running))
 
     def __enter__(self) -> "BatchSampler":
         self._thread.start()
@@ -64,7 +66,13 @@ class BatchSampler:
 
     @property
     def mean(self) -> float:
-        return self._sum / max(1, self._count)
+        busy = [size for _, running in self.samples for size in running if size]
+        return sum(busy) / max(1, len(busy))
+
+    @property
+    def means(self) -> list[tuple[float, float]]:
+        """Running requests per rank over time, idle ranks among them."""
+        return [(when, sum(running) / len(running)) for when, running in self.samples]
 
 
 def start_engine(**keywords: Any) -> sglang.Engine:
@@ -93,24 +101,50 @@ def run_job(
     prompts: Sequence[Any],
     sampling: dict[str, Any] | Sequence[dict[str, Any]],
     on_finished: Callable[[], None] = lambda: None,
+    ranks: Sequence[int] | None = None,
+    status_seconds: float | None = None,
 ) -> JobResult:
-    """All prompts (texts, or lists of token ids) at once; `on_finished` after each."""
+    """All prompts (texts, or lists of token ids) at once; `on_finished` after each.
+
+    `ranks`: the rank of every prompt, or None where SGLang chooses; `status_seconds`: how often
+    the ranks' statuses are asked for meanwhile, or None where they are not.
+    """
+    statuses: list[tuple[float, list[dict[str, Any]]]] = []
 
     async def one(index: int) -> dict[str, Any]:
         prompt = prompts[index]
         key = "prompt" if isinstance(prompt, str) else "input_ids"
         params = sampling if isinstance(sampling, dict) else sampling[index]
-        output = await engine.async_generate(**{key: prompt}, sampling_params=params)
+        rank = None if ranks is None else ranks[index]
+        output = await engine.async_generate(
+            **{key: prompt}, sampling_params=params, routed_dp_rank=rank
+        )
         on_finished()
         return output
 
-    async def everything() -> list[dict[str, Any]]:
-        return await asyncio.gather(*(one(index) for index in range(len(prompts))))
+    async def watch(seconds: float, finished: asyncio.Event) -> None:
+        is_last = False
+        while not is_last:
+            is_last = finished.is_set()
+            states = await engine.tokenizer_manager.get_internal_state()
+            now = time.perf_counter() - started
+            statuses.append((now, [state.get("sidp", {}) for state in states]))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(finished.wait(), seconds)
+
+    async def everything() -> tuple[list[dict[str, Any]], float]:
+        finished = asyncio.Event()
+        watching = [] if status_seconds is None else [watch(status_seconds, finished)]
+        watcher = asyncio.gather(*watching)
+        outputs = await asyncio.gather(*(one(index) for index in range(len(prompts))))
+        seconds = time.perf_counter() - started
+        finished.set()
+        await watcher
+        return outputs, seconds
 
     with BatchSampler(engine, num_ranks) as sampler:
         started = time.perf_counter()
-        outputs = engine.loop.run_until_complete(everything())
-        seconds = time.perf_counter() - started
+        outputs, seconds = engine.loop.run_until_complete(everything())
     return JobResult(
         [output["text"] if "text" in output else output["output_ids"] for output in outputs],
         seconds,
@@ -119,4 +153,6 @@ def run_job(
             for name in ("completion_tokens", "prompt_tokens", "cached_tokens")
         ),
         sampler.mean,
+        sampler.means,
+        statuses,
     )

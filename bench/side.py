@@ -32,8 +32,9 @@ class Side:
             self._pipe.send(None)
         self._process.join(60)
 
-    def run(self, prompts: Sequence[Any], sampling: Any) -> JobResult:
-        self._pipe.send(("run", prompts, sampling))
+    def run(self, prompts: Sequence[Any], sampling: Any, **options: Any) -> JobResult:
+        """`run_job` with these options, after emptying the prefix cache."""
+        self._pipe.send(("run", prompts, sampling, options))
         return self._answer()
 
     def states(self) -> list[dict[str, Any]]:
@@ -59,7 +60,8 @@ def _serve(pipe: Connection, environment: dict[str, str], keywords: dict[str, An
             try:
                 if request[0] == "run":
                     engine.flush_cache()
-                    pipe.send(run_job(engine, keywords["dp_size"], *request[1:]))
+                    _, prompts, sampling, options = request
+                    pipe.send(run_job(engine, keywords["dp_size"], prompts, sampling, **options))
                 else:
                     pipe.send(engine.get_server_info()["internal_states"])
             except Exception as error:

@@ -6,21 +6,13 @@ GPUs whose weights fill them) and KV plentiful (nothing to gain: the honest over
 
 import argparse
 import statistics
-from pathlib import Path
 
-import numpy as np
-
+from bench.demo_job import CHECKPOINT, make_prompts
 from bench.record import record
 from bench.side import Side
 
-CHECKPOINT = Path(__file__).parents[1] / "examples" / "demo_model" / "checkpoint"
 SETTINGS = {"short": "7.9MB", "plentiful": "256MB"}
 DP_SIZE = 4
-
-
-def make_prompts(count: int, length: int, seed: int) -> list[list[int]]:
-    """Random token ids without a shared prefix: the radix cache helps neither side."""
-    return np.random.default_rng(seed).integers(4, 60, (count, length)).tolist()
 
 
 def measure(device_memory: str, args: argparse.Namespace) -> dict:

@@ -1,0 +1,181 @@
+"""Time of a decode step over the batch size: plain DP, WaS, CaS and auto, all up in one run.
+
+The link is paced so that the fetches of a step take about five times the step of a plain rank at
+batch 1. Every rank runs the same batch; repeats alternate between the sides. Before a batch size
+is measured, each side runs it once uncounted: auto learns.
+"""
+
+import argparse
+import statistics
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+from bench.constant_batch import ENVIRONMENT, KEYWORDS, Steps, run_steps
+from bench.demo_job import CHECKPOINT, fetched_bytes, link_gbps
+from bench.figures import COLOURS, LABELS, figure
+from bench.record import record, spread
+from bench.side import Side
+
+DP_SIZE = 2
+SIDES = ["plain", "was", "cas", "auto"]
+BATCHES = [1, 2, 4, 8, 16, 32, 64]
+REPEATS = 3
+FETCH_OVER_STEP = 5.0  # of a plain rank at batch 1
+TOLERANCE = 1.1  # auto over the better mode
+
+
+def keywords(side: str, gbps: float | None) -> dict[str, Any]:
+    common = {
+        "model_path": str(CHECKPOINT),
+        "dp_size": DP_SIZE,
+        "skip_tokenizer_init": True,
+        **KEYWORDS,
+    }
+    if side == "plain":
+        return common
+    return {**common, "sidp": True, "sidp_mode": side, "sidp_link_gbps": gbps}
+
+
+def run(side: Side, batch: int, args: argparse.Namespace) -> Steps:
+    return run_steps(side, batch, args.steps, list(range(DP_SIZE)), args.seed)
+
+
+def check_fetched_bytes(side: Side) -> None:
+    for state in side.states():
+        status = state["sidp"]
+        assert status["pooled_bytes"] - status["owned_bytes"] == fetched_bytes(DP_SIZE)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Batch size → side → its runs, and the link that they had."""
+    environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": args.device_memory}
+    gbps, first_step = args.link_gbps, None
+    sides: dict[str, Side] = {}
+    with ExitStack() as stack:
+        for name in args.sides:  # one after another: each calibrates on a quiet machine
+            print(f"starting {LABELS[name]}", file=sys.stderr)
+            side = Side(LABELS[name], environment, keywords(name, gbps))
+            sides[name] = stack.enter_context(side)
+            if name == "plain":
+                # The fastest: a step that was disturbed would make the link too slow.
+                first_step = min(run(side, 1, args).seconds for _ in range(4))
+                gbps = gbps or link_gbps(DP_SIZE, FETCH_OVER_STEP * first_step)
+            else:
+                check_fetched_bytes(side)
+        runs: dict[int, dict[str, list[Steps]]] = {}
+        for batch in args.batches:
+            runs[batch] = {name: [] for name in sides}
+            for repeat in range(1 + args.repeats):
+                print(f"batch {batch}, {repeat} of {args.repeats}", file=sys.stderr)
+                for name, side in sides.items():
+                    steps = run(side, batch, args)
+                    if repeat > 0:
+                        runs[batch][name].append(steps)
+    return {"link_gbps": gbps, "first_step_seconds": first_step, "runs": runs}
+
+
+def batch_row(batch: int, runs: dict[str, list[Steps]]) -> dict[str, Any]:
+    """What a batch size showed; times in milliseconds."""
+    row: dict[str, Any] = {
+        "batch": batch,
+        "step_ms": {
+            name: spread([1e3 * steps.seconds for steps in repeats])
+            for name, repeats in runs.items()
+        },
+    }
+    if auto := runs.get("auto"):
+        row["auto_cas_share"] = statistics.median(steps.cas_share for steps in auto)
+        row["auto_switches"] = sum(steps.switches for steps in auto)
+        row["auto_thresholds"] = [steps.thresholds for steps in auto]
+    if {"was", "cas", "auto"} <= set(runs):
+        better = min(("was", "cas"), key=lambda name: row["step_ms"][name]["median"])
+        ratios = [a.seconds / b.seconds for a, b in zip(auto, runs[better], strict=True)]
+        row |= {"better": better, "auto_over_better": spread(ratios)}
+    return row
+
+
+def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
+    print(f"{'B':>3} " + " ".join(f"{LABELS[name] + ', ms':>20}" for name in names), end="")
+    print("  auto over the better    CaS steps  switches  threshold")
+    for row in rows:
+        cells = (
+            f"{s['median']:.1f} ({s['min']:.1f}–{s['max']:.1f})" for s in row["step_ms"].values()
+        )
+        print(f"{row['batch']:>3} " + " ".join(f"{cell:>20}" for cell in cells), end="")
+        if ratio := row.get("auto_over_better"):
+            text = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+            print(f"  {LABELS[row['better']]:>3} {text:>17}", end="")
+        else:
+            print(f"  {'':>21}", end="")
+        if "auto_cas_share" in row:
+            thresholds = [t for each in row["auto_thresholds"] for t in each if t is not None]
+            known = f"{min(thresholds)} to {max(thresholds)}" if thresholds else "unknown"
+            print(f" {row['auto_cas_share']:>12.0%} {row['auto_switches']:>9}  {known:>9}", end="")
+        print()
+    if "better" in rows[0]:
+        hidden = next((str(row["batch"]) for row in rows if row["better"] == "was"), "none of them")
+        late = [str(r["batch"]) for r in rows if r["auto_over_better"]["median"] > TOLERANCE]
+        print(f"WaS is the better mode from batch {hidden}; auto is more than", end=" ")
+        print(f"{TOLERANCE - 1:.0%} above the better one at batch {', '.join(late) or 'none'}.")
+
+
+def draw(name: str, rows: list[dict[str, Any]], sides: list[str]) -> None:
+    with figure(name, 1, 6.5, 4) as (axes,):
+        batches = [row["batch"] for row in rows]
+        for side in sides:
+            times = [row["step_ms"][side] for row in rows]
+            axes.plot(
+                batches,
+                [time["median"] for time in times],
+                marker="o",
+                label=LABELS[side],
+                color=COLOURS[side],
+                linestyle="--" if side == "auto" else "-",
+            )
+            low, high = ([time[end] for time in times] for end in ("min", "max"))
+            axes.fill_between(batches, low, high, color=COLOURS[side], alpha=0.15, linewidth=0)
+        if thresholds := [
+            threshold
+            for row in rows
+            for each in row.get("auto_thresholds", [])
+            for threshold in each
+            if threshold is not None and threshold <= max(batches)
+        ]:
+            middle = statistics.median(thresholds)
+            axes.axvline(middle, color=COLOURS["auto"], alpha=0.5, label="auto's threshold")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("batch per rank")
+        axes.set_ylabel("decode step (ms)")
+        axes.legend(frameon=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="B")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--steps", type=int, default=48, help="decode steps of a run")
+    parser.add_argument("--link-gbps", type=float, help="default: from the step at batch 1")
+    parser.add_argument("--device-memory", default="256MB")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.sides = [name for name in SIDES if name in args.sides]
+    if args.link_gbps is None and "plain" not in args.sides:
+        parser.error("the link follows from the plain side: add it, or give --link-gbps")
+
+    result = measure(args)
+    rows = [batch_row(batch, runs) for batch, runs in result.pop("runs").items()]
+    is_complete = args.sides == SIDES and args.batches == BATCHES and args.repeats >= REPEATS
+    name = "iteration_time" if is_complete else "iteration_time_quick"
+    record(name, {"arguments": vars(args), "dp_size": DP_SIZE, **result, "rows": rows})
+    draw(name, rows, args.sides)
+    fetch = fetched_bytes(DP_SIZE) / result["link_gbps"] / 1e6
+    print(f"The fetches of a step take {fetch:.1f} ms ({result['link_gbps']:.3f} GB/s per link).")
+    print_table(rows, args.sides)
+
+
+if __name__ == "__main__":
+    main()
