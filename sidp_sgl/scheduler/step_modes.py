@@ -65,11 +65,11 @@ class StepModes:
     def end_decode(self, batch_size: int, mode: str) -> None:
         """Count the step, and ask for the next one's leases while the scheduler does its part."""
         self.steps[mode] += 1
-        if self.policy.mode != CAS:
-            self.control.release()
-        elif batch_size <= self._max_rows:
+        if self.policy.mode == CAS and batch_size <= self._max_rows:
             rows = -(-batch_size // _ROUND_ROWS) * _ROUND_ROWS
             self.control.ask(min(rows, self._max_rows))
+        else:
+            self.control.release()
 
     def end_prefill(self) -> None:
         """A prefill step always streams weights; leases asked for meanwhile stay."""
