@@ -1,0 +1,168 @@
+"""Control messages over real sockets: in order, or dropped and counted, but never waited for."""
+
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sidp_sgl.scheduler import bus
+from sidp_sgl.scheduler.bus import Inbox, Outbox
+from sidp_sgl.scheduler.messages import CasRelease, CasRequest, Message, encode
+from tests.support.control import socket_directory
+
+AMPLE_SECONDS = 10.0
+MANY = 20_000  # more than all queues and buffers on the way take
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with socket_directory() as folder:
+        yield folder
+
+
+@pytest.fixture
+def open_inbox(directory: Path) -> Iterator[Callable[[int], Inbox]]:
+    opened: list[Inbox] = []
+
+    def open_one(rank: int) -> Inbox:
+        opened.append(Inbox(bus.control_address(directory, rank)))
+        return opened[-1]
+
+    yield open_one
+    for inbox in opened:
+        inbox.close()
+
+
+@pytest.fixture
+def outbox(directory: Path) -> Iterator[Outbox]:
+    """Connected with ranks 0 and 1, whether they are there or not."""
+    result = Outbox({rank: bus.control_address(directory, rank) for rank in range(2)})
+    yield result
+    result.close()
+
+
+def release(step: int) -> CasRelease:
+    return CasRelease(3, step)
+
+
+def receive_all(inbox: Inbox, count: int) -> list[Message]:
+    received: list[Message] = []
+    deadline = time.monotonic() + AMPLE_SECONDS
+    while len(received) < count and time.monotonic() < deadline:
+        if (message := inbox.receive(1.0)) is not None:
+            received.append(message)
+    return received
+
+
+def send_many(outbox: Outbox, rank: int) -> float:
+    """The longest time that one of MANY messages took to be sent, in seconds."""
+    longest, data = 0.0, encode(release(0))
+    for _ in range(MANY):
+        started = time.monotonic()
+        outbox.send_bytes(rank, data)
+        longest = max(longest, time.monotonic() - started)
+    return longest
+
+
+def test_messages_come_in_the_order_in_which_they_were_sent(
+    open_inbox: Callable[[int], Inbox], outbox: Outbox
+) -> None:
+    inbox = open_inbox(0)
+    sent: list[Message] = [release(step) for step in range(300)]
+    sent[100] = CasRequest(3, 100, 8)
+    for message in sent:
+        outbox.send(0, message)
+    assert receive_all(inbox, len(sent)) == sent
+    assert outbox.dropped == inbox.malformed == 0
+
+
+def test_all_receivers_get_what_is_sent_to_all(
+    open_inbox: Callable[[int], Inbox], outbox: Outbox
+) -> None:
+    inboxes = [open_inbox(0), open_inbox(1)]
+    outbox.send_to_all(release(1))
+    outbox.send(1, release(2))
+    assert receive_all(inboxes[0], 1) == [release(1)]
+    assert receive_all(inboxes[1], 2) == [release(1), release(2)]
+    assert inboxes[0].receive(0.0) is None
+
+
+def test_nothing_comes_within_the_time_given(open_inbox: Callable[[int], Inbox]) -> None:
+    inbox = open_inbox(0)
+    started = time.monotonic()
+    assert inbox.receive(0.02) is None
+    assert 0.015 < time.monotonic() - started < AMPLE_SECONDS
+    assert list(inbox.drain()) == []
+    assert inbox.malformed == 0
+
+
+def test_a_receiver_that_comes_later_gets_what_waits_for_it(
+    open_inbox: Callable[[int], Inbox], outbox: Outbox
+) -> None:
+    outbox.send(0, release(1))
+    assert receive_all(open_inbox(0), 1) == [release(1)]
+
+
+def test_a_receiver_that_does_not_exist_blocks_nobody(outbox: Outbox) -> None:
+    assert send_many(outbox, 0) < 1.0
+    assert 0 < outbox.dropped < MANY
+
+
+def test_a_receiver_that_is_stopped_blocks_nobody_and_finds_the_oldest_messages(
+    open_inbox: Callable[[int], Inbox], outbox: Outbox
+) -> None:
+    stopped, other = open_inbox(0), open_inbox(1)
+    for step in range(5):
+        outbox.send(0, release(step))
+    assert send_many(outbox, 0) < 1.0
+    assert (dropped := outbox.dropped) > 0
+    outbox.send(1, release(7))
+    assert receive_all(other, 1) == [release(7)], "it holds up its own messages only"
+    assert receive_all(stopped, 5) == [release(step) for step in range(5)]
+    assert len(receive_all(stopped, MANY - dropped)) == MANY - dropped
+    outbox.send(0, release(8))
+    assert receive_all(stopped, 1) == [release(8)], "it goes on where there is room again"
+    assert outbox.dropped == dropped
+
+
+def test_malformed_bytes_are_counted_and_passed_over(
+    open_inbox: Callable[[int], Inbox], outbox: Outbox
+) -> None:
+    inbox = open_inbox(0)
+    good = encode(release(1))
+    bad = [b"", b"\x00\xff", b"{}", good[:-1], good.replace(b"1", b"true"), b"[" * 10_000]
+    for data in [*bad, good, bad[0], good]:
+        outbox.send_bytes(0, data)
+    received: list[Message] = []
+    deadline = time.monotonic() + AMPLE_SECONDS
+    while len(received) < 2 and time.monotonic() < deadline:
+        received += inbox.drain()
+    assert received == [release(1), release(1)]
+    assert inbox.malformed == len(bad) + 1
+
+
+def test_a_malformed_message_is_none_to_who_waits(
+    open_inbox: Callable[[int], Inbox], outbox: Outbox
+) -> None:
+    inbox = open_inbox(0)
+    outbox.send_bytes(0, b"?")
+    started = time.monotonic()
+    assert inbox.receive(AMPLE_SECONDS) is None
+    assert time.monotonic() - started < AMPLE_SECONDS / 2
+    assert inbox.malformed == 1
+
+
+def test_sockets_are_for_their_user_alone(
+    directory: Path, open_inbox: Callable[[int], Inbox]
+) -> None:
+    open_inbox(0)
+    inboxes = [Inbox(bus.answer_address(directory, 0)), Inbox(bus.controller_address(directory))]
+    files = list(directory.iterdir())
+    assert len(files) == 3, "every address is another one"
+    for path in files:
+        assert stat.S_ISSOCK(path.stat().st_mode)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for inbox in inboxes:
+        inbox.close()
