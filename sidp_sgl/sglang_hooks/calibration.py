@@ -24,6 +24,7 @@ def calibrate(
     scheduler: Any, pool: WeightPool, execution: UnitExecution, max_batch: int
 ) -> StepTimes:
     """Fetch time of a step's layers, and compute time at batch sizes 1, 2, 4, … max_batch."""
+    _fetch_all(pool)  # not timed: some layers lie in their slots already
     fetch_seconds = _best(lambda: _fetch_all(pool))
     runner = scheduler.tp_worker.model_runner.eager_runner
     largest = min(max_batch, runner._eager_max_bs)
