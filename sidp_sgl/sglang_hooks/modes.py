@@ -85,7 +85,8 @@ class ModeHooks:
         if last is None or not is_next:
             return
         seconds = now - last.at
-        self._step_seconds += 0.1 * (seconds - self._step_seconds)
+        weight = 0.1 if self._step_seconds else 1.0
+        self._step_seconds += weight * (seconds - self._step_seconds)
         if self._modes.times is not None:
             stall = self._stall_seconds() - last.stall
             self._modes.times.observe(last.mode, last.batch_size, seconds, stall)
