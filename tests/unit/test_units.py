@@ -9,7 +9,7 @@ from torch import nn
 
 from sidp_sgl.config import SidpError
 from sidp_sgl.sglang_hooks import cpu_memory, placeholders
-from sidp_sgl.sglang_hooks.units import find_units
+from sidp_sgl.sglang_hooks.units import Unit, find_units, pooled_unit
 
 HIDDEN, WIDE = 8, 24
 
@@ -20,11 +20,27 @@ class Linear(LinearBase):
     def __init__(self, input_size: int, output_size: int) -> None:
         nn.Module.__init__(self)
         self.input_size, self.output_size = input_size, output_size
-        self.weight = nn.Parameter(torch.zeros(output_size, input_size), requires_grad=False)
+        self.params_dtype, self.skip_bias_add = torch.float32, False
+        weight = torch.arange(output_size * input_size).view(output_size, input_size) % 7 - 3.0
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return rows @ self.weight.t(), None
 
 
 class RowLinear(RowParallelLinear):
     __init__ = Linear.__init__  # type: ignore[assignment]
+    forward = Linear.forward  # type: ignore[assignment]
+
+
+class Ffn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = Linear(HIDDEN, 2 * WIDE), RowLinear(WIDE, HIDDEN)
+
+    def forward(self, rows: torch.Tensor, forward_batch: object = None) -> torch.Tensor:
+        gate, up = self.gate_up_proj(rows)[0].chunk(2, dim=-1)
+        return self.down_proj(gate.relu() * up)[0]
 
 
 class Attention(RadixAttention):
@@ -52,7 +68,7 @@ def attention() -> nn.Module:
 
 
 def ffn() -> nn.Module:
-    return module(gate_up_proj=Linear(HIDDEN, 2 * WIDE), down_proj=RowLinear(WIDE, HIDDEN))
+    return Ffn()
 
 
 def decoder_layer(**more: nn.Module) -> nn.Module:
@@ -154,3 +170,54 @@ def test_tensors_are_named_within_the_layer_in_a_fixed_order() -> None:
         "mlp.gate_up_proj.weight",
         "mlp.down_proj.weight",
     ]
+
+
+def rows_of(width: int, num_rows: int = 3) -> torch.Tensor:
+    return torch.arange(num_rows * width).view(num_rows, width) % 5 - 2.0
+
+
+def test_an_ffn_computed_elsewhere_gives_what_its_forward_gives() -> None:
+    (unit,) = find_units(decoder_layer(), 0, "ffn")
+    pooled = pooled_unit(unit, 5, 2, is_last=True)
+    assert (pooled.number, pooled.layer, pooled.is_last) == (5, 2, True)
+    assert (pooled.in_width, pooled.out_width, pooled.dtype) == (HIDDEN, HIDDEN, torch.float32)
+    assert pooled.row_bytes == (HIDDEN * 4, HIDDEN * 4)
+    rows = rows_of(HIDDEN)
+    expected = unit.module(rows, object())
+    assert expected.any()
+    assert torch.equal(pooled.forward(rows, object()), expected)
+    assert torch.equal(pooled.pack(pooled.compute(rows)), expected)
+
+
+def test_projections_computed_elsewhere_give_what_their_forwards_give() -> None:
+    units = find_units(decoder_layer(), 0, "linear")[:2]
+    for unit, widths in zip(units, [(HIDDEN, 2 * HIDDEN), (HIDDEN, HIDDEN)], strict=True):
+        pooled = pooled_unit(unit, 0, 0, is_last=False)
+        assert (pooled.in_width, pooled.out_width) == widths
+        rows = rows_of(widths[0])
+        expected, bias = unit.module(rows)
+        result = pooled.pack(pooled.compute(rows))
+        assert torch.equal(result[0], expected) and expected.any()
+        assert result[1] is bias is None
+
+
+def test_a_units_own_forward_is_kept_when_the_modules_is_wrapped() -> None:
+    (unit,) = find_units(decoder_layer(), 0, "ffn")
+    pooled = pooled_unit(unit, 0, 0, is_last=True)
+    expected = unit.module(rows_of(HIDDEN))
+    unit.module.forward = lambda *_: pytest.fail("the wrapper was called")  # type: ignore[assignment]
+    assert torch.equal(pooled.compute(rows_of(HIDDEN)), expected)
+    assert torch.equal(pooled.forward(rows_of(HIDDEN)), expected)
+
+
+def test_a_projection_that_leaves_its_bias_to_its_caller_is_refused() -> None:
+    linear = Linear(HIDDEN, HIDDEN)
+    linear.skip_bias_add = True
+    with pytest.raises(
+        SidpError, match=r"self_attn\.o_proj of layer 3 .* use --sidp-pool ffn"
+    ) as e:
+        pooled_unit(Unit("self_attn.o_proj", linear), 0, 3, is_last=False)
+    assert "\n" not in str(e.value)
+    ffn_with_one = ffn()
+    ffn_with_one.down_proj.skip_bias_add = True  # its own module's business
+    pooled_unit(Unit("mlp", ffn_with_one), 0, 3, is_last=True)
