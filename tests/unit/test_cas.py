@@ -118,6 +118,7 @@ def test_a_silent_owner_ends_the_steps_calls_and_is_left_alone_until_it_has_answ
         while not remote.is_available():
             assert time.monotonic() < deadline
             time.sleep(0.001)
+        remote._patience = 10.0
         remote.begin_step({1: 0}, 3)
         rows = make_rows(3, seed=9)
         result = remote.call(1, UNITS[1], rows)

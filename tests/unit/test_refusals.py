@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,27 +161,37 @@ def test_flags_become_the_config(flags: list[str], mode: str, threshold: int | s
     assert (config.sidp_mode, config.sidp_batch_threshold) == (mode, threshold)
 
 
-def command_line(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def command_line(*options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-m", "sglang.launch_server", *options],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
 
 
-def test_command_line_refuses_in_one_line(checkpoint: Path) -> None:
-    run = command_line("--model-path", str(checkpoint), "--device", "cpu", "--sidp")
-    assert run.returncode == 2
-    errors = [line for line in run.stderr.splitlines() if "error:" in line]
+@pytest.fixture(scope="module")
+def command_lines(checkpoint: Path) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Started together: each imports for seconds."""
+    model = ("--model-path", str(checkpoint), "--device", "cpu")
+    started = {"refused": command_line(*model, "--sidp"), "help": command_line("--help")}
+    yield started
+    for process in started.values():
+        process.kill()
+
+
+def test_command_line_refuses_in_one_line(command_lines: dict[str, subprocess.Popen[str]]) -> None:
+    _, log = command_lines["refused"].communicate(timeout=300)
+    assert command_lines["refused"].returncode == 2
+    errors = [line for line in log.splitlines() if "error:" in line]
     assert len(errors) == 1 and "--dp-size 2 or more" in errors[0]
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in log
 
 
-def test_help_shows_the_flags() -> None:
-    run = command_line("--help")
-    assert run.returncode == 0
+def test_help_shows_the_flags(command_lines: dict[str, subprocess.Popen[str]]) -> None:
+    shown, _ = command_lines["help"].communicate(timeout=300)
+    assert command_lines["help"].returncode == 0
     for name in SidpConfig.flags():
-        assert f"{flag_name(name)} " in run.stdout
-    assert "--sidp-batch-threshold {auto,N}" in run.stdout
+        assert f"{flag_name(name)} " in shown
+    assert "--sidp-batch-threshold {auto,N}" in shown
