@@ -1,0 +1,170 @@
+"""Time of a step in a SiDP group: fetches, WaS, CaS, and the threshold between them.
+
+Room: planner; pure. Where ranks differ (layers need not divide evenly), it is the slowest one's.
+All times in seconds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from sidp_sgl.planner.prefetch_factor import Prefetch, was_factor
+from sidp_sgl.planner.time_model import RankTimes, Work
+from sidp_sgl.planner.weights import block_bytes
+from sidp_sgl.scheduler.mode_policy import CAS, WAS
+from sidp_sgl.scheduler.step_times import StepTimes
+from sidp_sgl.weightpool.placement import owners
+from sidp_sgl.weightpool.schedule import default_slots
+
+CAS_ROWS = 64  # of a CaS step at most: weightpool/staging.py, which needs torch (a test compares)
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the group pools; the same words as the flags."""
+
+    num_ranks: int
+    pool: str = "ffn"
+    placement: str = "interleaved"
+    order: str = "ticketed"
+    slots: int | None = None  # the default of the order
+
+    def owners(self, num_layers: int) -> list[int]:
+        return owners(num_layers, self.num_ranks, self.placement)
+
+    def num_slots(self, num_layers: int) -> int:
+        """Slots of a rank; never more than it has layers to fetch."""
+        layer_owners = self.owners(num_layers)
+        slots = self.slots or default_slots(layer_owners, self.num_ranks, self.order)
+        fewest = min(layer_owners.count(rank) for rank in range(self.num_ranks))
+        return min(slots, num_layers - fewest)
+
+
+@dataclass(frozen=True)
+class GroupTimes:
+    """Steps of the ranks of one group, all with the same batch."""
+
+    rank: RankTimes
+    pooling: Pooling
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Bytes of every layer's block on one GPU."""
+        shape, split = self.rank.shape, self.rank.split
+        kinds = {
+            shape.is_moe(layer): block_bytes(shape, layer, split, self.pooling.pool)
+            for layer in shape.layer_kinds()
+        }
+        return [kinds[shape.is_moe(layer)] for layer in range(shape.num_layers)]
+
+    def owned_bytes(self) -> list[int]:
+        """Bytes of the blocks that each rank owns, on one GPU."""
+        owned = [0] * self.pooling.num_ranks
+        for owner, block in zip(self.pooling.owners(len(self.blocks)), self.blocks, strict=True):
+            owned[owner] += block
+        return owned
+
+    def block_seconds(self, layer: int) -> float:
+        """One fetch, at the full rate of the owner's link."""
+        machine = self.rank.machine
+        return machine.copy_seconds + self.blocks[layer] / machine.link_bandwidth
+
+    @cached_property
+    def fetch_seconds(self) -> float:
+        """All fetches of a step: what a rank takes in, or an owner gives out to all others."""
+        num_layers, num_ranks = len(self.blocks), self.pooling.num_ranks
+        if self.pooling.num_slots(num_layers) >= num_layers - num_layers // num_ranks:
+            return 0.0  # every layer keeps its slot
+        own = [0.0] * num_ranks
+        for layer, owner in enumerate(self.pooling.owners(num_layers)):
+            own[owner] += self.block_seconds(layer)
+        return max(sum(own) - min(own), (num_ranks - 1) * max(own))
+
+    @cached_property
+    def _prefetch(self) -> Prefetch:
+        pooling, num_layers = self.pooling, len(self.blocks)
+        num_slots = pooling.num_slots(num_layers)
+        return Prefetch(pooling.num_ranks, num_layers, pooling.order, num_slots, pooling.placement)
+
+    def was_seconds(self, work: Work) -> float:
+        """A step that streams weights: its compute or its fetches, and what the order costs."""
+        compute = self.rank.compute_seconds(work)
+        return compute * was_factor(self._prefetch, self.fetch_seconds / compute)
+
+    def cas_seconds(self, work: Work, active_ranks: int | None = None) -> float:
+        """A decode step that sends rows: `active_ranks` do the same step, the others are idle.
+
+        Rows of all active ranks meet in one GEMM at the owner, and share its link.
+        """
+        active = self.pooling.num_ranks if active_ranks is None else active_ranks
+        num_layers = len(self.blocks)
+        owned = min(self.pooling.owners(num_layers).count(r) for r in range(self.pooling.num_ranks))
+        remote_share = 1 - owned / num_layers
+        layers = sum(
+            count * self._cas_layer_seconds(layer, work, active, remote_share)
+            for layer, count in self.rank.shape.layer_kinds().items()
+        )
+        return layers + self.rank.head_seconds(work)
+
+    def _cas_layer_seconds(self, layer: int, work: Work, active: int, remote_share: float) -> float:
+        rank, all_rows = self.rank, active * work.rows
+        linear = self.pooling.pool == "linear"
+        units = 3 if linear else 1
+        return (
+            rank.projection_seconds(layer, all_rows if linear else work.rows)
+            + rank.attention_seconds(work)
+            + rank.other_seconds(work.rows)
+            + rank.ffn_seconds(layer, all_rows)
+            + rank.ffn_collective_seconds(all_rows)
+            + remote_share * units * rank.machine.round_trip_seconds
+            + remote_share * self._rows_seconds(layer, all_rows)
+        )
+
+    def _rows_seconds(self, layer: int, rows: float) -> float:
+        """The way of `rows` rows to one owner and back, unit after unit."""
+        weights, hidden = self.rank.weights(layer), self.rank.shape.hidden_size
+        widths = [2 * hidden]
+        if self.pooling.pool == "linear":
+            widths += [sum(weights.qkv[:2]), sum(weights.o[:2])]
+        return 2 * rows * sum(widths) / self.rank.machine.link_bandwidth
+
+    def hiding_batch(self, context: float, max_batch: int) -> int:
+        """The smallest batch whose compute hides the fetches; `max_batch` + 1 where none does."""
+        return self._threshold(
+            lambda batch: self.rank.compute_seconds(Work.decode(batch, context)), max_batch
+        )
+
+    def threshold(self, context: float, max_batch: int) -> int:
+        """The batch from which `--sidp-mode auto` streams, by the engine's own rule: where steps,
+        as it sees them (in CaS as far as these go), last as long as the fetches."""
+
+        def step_seconds(batch: int) -> float:
+            work = Work.decode(batch, context)
+            return self.cas_seconds(work) if batch <= CAS_ROWS else self.rank.compute_seconds(work)
+
+        return self._threshold(step_seconds, max_batch)
+
+    def _threshold(self, seconds: Callable[[int], float], max_batch: int) -> int:
+        measured = {batch: seconds(batch) for batch in _sizes(max_batch)}
+        return StepTimes(self.fetch_seconds, measured).threshold(max_batch)
+
+    def mode(self, batch: int, threshold: int) -> str:
+        """What `--sidp-mode auto` runs in the long run."""
+        return WAS if batch >= threshold or batch > CAS_ROWS else CAS
+
+    def decode_seconds(self, mode: str, batch: int, context: float, threshold: int) -> float:
+        """A decode step in `--sidp-mode` `mode`; batches that can't be sent are streamed."""
+        work = Work.decode(batch, context)
+        chosen = {WAS: WAS, CAS: CAS if batch <= CAS_ROWS else WAS}.get(mode)
+        if (chosen or self.mode(batch, threshold)) == WAS:
+            return self.was_seconds(work)
+        return self.cas_seconds(work)
+
+
+def _sizes(max_batch: int) -> list[int]:
+    """Batch sizes 1, 2, 3, 4, 6, 8, … and `max_batch`."""
+    sizes, size = {max_batch}, 1
+    while size < max_batch:
+        sizes |= {size, min(max_batch, size * 3 // 2)}
+        size *= 2
+    return sorted(sizes)
