@@ -1,0 +1,156 @@
+"""One way to run the model on the node: what a GPU holds, and how long its steps take.
+
+Room: planner; pure. Every deployment answers the same questions, so that they can be compared.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from sidp_sgl.planner.group_times import CAS_ROWS, GroupTimes, Pooling
+from sidp_sgl.planner.machine import Machine
+from sidp_sgl.planner.memory import RankMemory
+from sidp_sgl.planner.models import ModelShape
+from sidp_sgl.planner.time_model import RankTimes, Work
+from sidp_sgl.planner.weights import Split, align, kv_bytes, part_bytes
+
+REPLICAS, DP_ATTENTION, SHARDED_GPU, SIDP = "replicas", "dp-attention", "sharded_gpu", "sidp"
+_GATHERED_LAYERS = 2  # that sharded_gpu holds: the one in use and the next
+_CHUNK = 8192  # tokens of a prefill pass: SGLang's default on large GPUs
+
+
+@dataclass(frozen=True)
+class Node:
+    """What is planned for: model, GPUs and the settings that all deployments share."""
+
+    shape: ModelShape
+    machine: Machine
+    num_gpus: int
+    mem_fraction: float = 0.9
+    kv_dtype: str = "bf16"
+    pool: str = "ffn"
+    slots: int | None = None
+    order: str = "ticketed"
+    placement: str = "interleaved"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """`tp` GPUs per rank, `dp` ranks; with DP attention `tp` are those of one rank's attention.
+
+    `mode` is that of `--sidp-mode`.
+    """
+
+    node: Node
+    kind: str
+    tp: int
+    dp: int
+    mode: str = ""
+
+    @property
+    def label(self) -> str:
+        split = f"TP{self.tp}/DP{self.dp}"
+        if self.kind == REPLICAS:
+            names = [f"TP{self.tp}"] * (self.tp > 1) + [f"DP{self.dp}"] * (self.dp > 1)
+            return "/".join(names) or "one GPU"
+        if self.kind == DP_ATTENTION:
+            return f"DP attention {split}"
+        return (
+            f"sharded_gpu DP{self.dp}" if self.kind == SHARDED_GPU else f"SiDP {self.mode} {split}"
+        )
+
+    @property
+    def split(self) -> Split:
+        if self.kind != DP_ATTENTION:
+            return Split.of(self.tp)
+        return Split(self.tp, self.node.num_gpus, self.tp, self.node.num_gpus)
+
+    @cached_property
+    def rank(self) -> RankTimes:
+        return RankTimes(
+            self.node.shape,
+            self.node.machine,
+            self.split,
+            self.node.kv_dtype,
+            ranks_in_ffn=self.dp if self.kind == DP_ATTENTION else 1,
+        )
+
+    @cached_property
+    def group(self) -> GroupTimes:
+        """Of SiDP's ranks; defined for dp > 1."""
+        node = self.node
+        pooling = Pooling(self.dp, node.pool, node.placement, node.order, node.slots)
+        return GroupTimes(self.rank, pooling)
+
+    @cached_property
+    def memory(self) -> RankMemory:
+        """One GPU, the fullest."""
+        node, weights = self.node, part_bytes(self.node.shape, self.split).total
+        device = (node.machine.memory_bytes, node.mem_fraction)
+        if self.kind == SHARDED_GPU:
+            layers = part_bytes(node.shape, self.split)
+            pooled = layers.attention + layers.ffn + layers.experts
+            gathered = _GATHERED_LAYERS * pooled // node.shape.num_layers
+            return RankMemory(*device, weights - pooled, pooled, -(-pooled // self.dp), gathered)
+        if self.kind != SIDP:
+            return RankMemory(*device, replicated_bytes=weights)
+        blocks = self.group.blocks
+        return RankMemory(
+            *device,
+            replicated_bytes=max(0, weights - sum(blocks)),
+            pooled_bytes=sum(blocks),
+            owned_bytes=max(self.group.owned_bytes()),
+            cache_bytes=self.group.pooling.num_slots(len(blocks)) * max(blocks),
+            staging_bytes=0 if self.mode == "was" else self._staging_bytes(),
+        )
+
+    def _staging_bytes(self) -> int:
+        """Rows that others lease here, and results on their way back: weightpool/staging.py."""
+        weights = self.rank.weights(0)
+        hidden = self.node.shape.hidden_size
+        widest_in, widest_out = hidden, hidden
+        if self.node.pool == "linear":
+            widest_in = max(hidden, weights.o.in_width)
+            widest_out = max(hidden, weights.qkv.out_width)
+        inbox = (self.dp - 1) * CAS_ROWS * align(2 * widest_in)
+        return inbox + align(CAS_ROWS * 2 * widest_out)
+
+    def kv_tokens(self) -> int:
+        """KV capacity of one rank."""
+        per_token = kv_bytes(self.node.shape, self.split.attention, self.node.kv_dtype)
+        return self.memory.kv_tokens(per_token)
+
+    def max_running_requests(self) -> int:
+        """Of one rank, as SGLang limits it by default."""
+        estimated = int(self.kv_tokens() / self.node.shape.max_position * 512)
+        return max(min(estimated, 4096), 2048)
+
+    def batch(self, sequence: int) -> int:
+        """Requests of `sequence` tokens that run at once on one rank, none of them preempted."""
+        return min(self.kv_tokens() // sequence, self.max_running_requests())
+
+    def fetch_seconds(self) -> float:
+        """What the other ranks' weights take in a step; 0 where there is nothing to fetch."""
+        if self.kind == SIDP:
+            return self.group.fetch_seconds
+        if self.kind == SHARDED_GPU:
+            share = (self.dp - 1) / self.dp
+            copies = self.dp * self.node.shape.num_layers * self.node.machine.copy_seconds
+            return copies + share * self.memory.pooled_bytes / self.node.machine.link_bandwidth
+        return 0.0
+
+    def decode_seconds(self, batch: int, context: float, threshold: int = 0) -> float:
+        """A decode step of a rank; `threshold` as in `GroupTimes.threshold`, for SiDP."""
+        if self.kind == SIDP:
+            return self.group.decode_seconds(self.mode, batch, context, threshold)
+        compute = self.rank.compute_seconds(Work.decode(batch, context))
+        # Within a CUDA graph sharded_gpu gathers and computes in turn.
+        return compute + self.fetch_seconds()
+
+    def prefill_seconds(self, prompt: int) -> float:
+        """Of one prompt, in full passes over its own or several prompts' tokens."""
+        work = Work.prefill(_CHUNK, prompt)
+        if self.kind == SIDP:
+            seconds = self.group.was_seconds(work)
+        else:
+            seconds = self.rank.compute_seconds(work) + self.fetch_seconds()
+        return seconds * prompt / _CHUNK

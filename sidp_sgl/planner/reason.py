@@ -1,0 +1,86 @@
+"""The plan in one sentence: which setting, and why; and what the engine can't do of it yet.
+
+Room: planner; pure.
+"""
+
+from sidp_sgl.planner.deployment import SIDP
+from sidp_sgl.planner.plan import Estimate, Plan
+
+_LITTLE = 1.15  # times the KV cache: what batches hardly feel
+
+
+def reason(plan: Plan) -> str:
+    """One sentence."""
+    best, baseline, sidp = plan.best, plan.baseline, plan.sidp
+    if baseline is None:
+        assert sidp is not None
+        return (
+            f"{sidp.deployment.label}: without SiDP the weights leave no room for a request on any "
+            f"split; with it {_batch(sidp)} fit, and {_hiding(sidp)}."
+        )
+    if sidp is None:
+        return (
+            f"{baseline.deployment.label}: no split with data parallelism fits here, and SiDP "
+            "shares weights between data-parallel ranks."
+        )
+    gain = sidp.tokens_per_second / baseline.tokens_per_second
+    rival = baseline.deployment.label
+    if best.is_sidp:
+        return (
+            f"{sidp.deployment.label}: {gain:.2f}x the tokens per second of {rival}, because "
+            f"{_batch(sidp)} fit instead of {_batch(baseline)}, and {_hiding(sidp)}."
+        )
+    return (
+        f"{rival}: SiDP is not worth it here ({sidp.deployment.label} reaches {gain:.2f}x), "
+        f"because {_why_not(plan, sidp, baseline)}."
+    )
+
+
+def _batch(estimate: Estimate) -> str:
+    dp = estimate.deployment.dp
+    return f"{estimate.batch * dp} requests" + (f" ({estimate.batch} per rank)" if dp > 1 else "")
+
+
+def _hiding(estimate: Estimate) -> str:
+    compute, fetch = estimate.compute_seconds * 1e3, estimate.fetch_seconds * 1e3
+    if fetch == 0:
+        return "every fetched layer keeps its slot"
+    hides = "hides" if compute >= fetch else "does not hide"
+    return f"a step's compute of {compute:.1f} ms {hides} its {fetch:.1f} ms of fetches"
+
+
+def _why_not(plan: Plan, sidp: Estimate, baseline: Estimate) -> str:
+    same = next(
+        (
+            e
+            for e in plan.estimates
+            if not e.is_sidp and e.deployment.tp == sidp.deployment.tp and e.kv_tokens
+        ),
+        baseline,
+    )
+    more = sidp.kv_tokens * sidp.deployment.dp / (same.kv_tokens * same.deployment.dp)
+    if sidp.compute_seconds < sidp.fetch_seconds:
+        return f"even with all memory in use {_hiding(sidp)}"
+    if more < _LITTLE:
+        return f"at {same.deployment.label} its KV cache is only {more:.2f}x as large"
+    return (
+        f"{_batch(baseline)} already keep the GPUs busy: {more:.2f}x the KV cache makes steps "
+        f"longer, {baseline.step_seconds * 1e3:.1f} to {sidp.step_seconds * 1e3:.1f} ms"
+    )
+
+
+def notes(plan: Plan) -> list[str]:
+    """What a reader should know beside the figures."""
+    found = []
+    sidp = plan.sidp
+    if sidp is not None and sidp.deployment.kind == SIDP:
+        shape = plan.node.shape
+        missing = []
+        missing += ["tensor parallelism"] if sidp.deployment.tp > 1 else []
+        missing += ["experts"] if shape.num_experts else []
+        missing += ["FP8 weights"] if shape.dtype == "fp8" else []
+        if missing:
+            found.append(f"the engine's SiDP does not do {' and '.join(missing)} yet")
+    if any(e.deployment.kind == "sharded_gpu" for e in plan.estimates):
+        found.append("SGLang 0.5.23 has sharded_gpu for DeepSeek models only")
+    return found
