@@ -30,6 +30,7 @@ bench: install
 	PYTHONWARNINGS=ignore $(PYTHON) -m bench.prefetch_order
 	PYTHONWARNINGS=ignore $(PYTHON) -m bench.was_throughput
 	PYTHONWARNINGS=ignore $(PYTHON) -m bench.iteration_time
+	PYTHONWARNINGS=ignore $(PYTHON) -m bench.tail
 
 lint: install
 	$(VENV)/bin/ruff check .

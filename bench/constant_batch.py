@@ -42,10 +42,14 @@ def run_steps(side: Side, batch_size: int, num_steps: int, ranks: list[int], see
     after = side.states()
     old, new = ([state.get("sidp", {}) for state in states] for states in (before, after))
     was, cas = (_iterations(new, mode) - _iterations(old, mode) for mode in ("was", "cas"))
+    busy = [
+        (a, b)
+        for a, b in zip(before, after, strict=True)
+        if len(_windows(b, batch_size)) > len(_windows(a, batch_size))
+    ]
+    assert len(busy) == len(set(ranks))
     return Steps(
-        statistics.fmean(
-            _median_window(before[rank], after[rank], batch_size) for rank in set(ranks)
-        ),
+        statistics.fmean(median_window(a, b, batch_size) for a, b in busy),
         was,
         cas,
         sum(status.get("mode_switches", 0) for status in new)
@@ -58,11 +62,11 @@ def _iterations(statuses: list[dict[str, Any]], mode: str) -> int:
     return sum(status["iterations"][mode] for status in statuses if status)
 
 
-def _median_window(before: dict[str, Any], after: dict[str, Any], batch_size: int) -> float:
+def median_window(before: dict[str, Any], after: dict[str, Any], batch_size: int) -> float:
     """Seconds per step of one rank. The first window may begin in the prefill or before it."""
     windows = _windows(after, batch_size)[len(_windows(before, batch_size)) + 1 :]
     if not windows:
-        raise RuntimeError(f"too few steps at batch {batch_size}: increase --steps")
+        raise RuntimeError(f"too few steps at batch {batch_size}: let them be more")
     return statistics.median(windows)
 
 

@@ -38,8 +38,10 @@ class Side:
         return self._answer()
 
     def states(self) -> list[dict[str, Any]]:
+        """By rank. SGLang tells them as they arrive, and plain ranks don't say which they are:
+        those come in an order that is the same at every call."""
         self._pipe.send(("states",))
-        return self._answer()
+        return sorted(self._answer(), key=_place)
 
     def _answer(self) -> Any:
         try:
@@ -49,6 +51,11 @@ class Side:
         if isinstance(result, Exception):
             raise result
         return result
+
+
+def _place(state: dict[str, Any]) -> Any:
+    """`startup_time` is a dictionary of measured times: no two ranks have the same."""
+    return state["sidp"]["dp_rank"] if "sidp" in state else repr(state["startup_time"])
 
 
 def _serve(pipe: Connection, environment: dict[str, str], keywords: dict[str, Any]) -> None:
