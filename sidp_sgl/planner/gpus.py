@@ -65,6 +65,8 @@ def read_gpu(path: str) -> Gpu:
     names = {field.name for field in fields(Gpu)}
     if not isinstance(values, dict) or set(values) != names:
         raise SidpUsageError(f"--gpu-file {path} must have exactly the fields {', '.join(names)}")
+    if not isinstance(values["name"], str):
+        raise SidpUsageError(f"--gpu-file {path}: name {values['name']!r} is no text: quote it")
     return with_figures(Gpu(**values), {}, f"--gpu-file {path}")
 
 

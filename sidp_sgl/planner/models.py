@@ -88,7 +88,7 @@ def load_model(model: str, dtype: str | None = None) -> ModelShape:
         ) from error
     if not isinstance(config, dict):
         raise SidpUsageError(f"MODEL {model!r}: {path} holds no JSON object: give a config.json")
-    name = path.stem if path.parent == BUILT_IN else path.resolve().parent.name
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
     return shape_from_config(config, name, dtype)
 
 
