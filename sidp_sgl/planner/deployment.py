@@ -146,6 +146,10 @@ class Deployment:
         # Within a CUDA graph sharded_gpu gathers and computes in turn.
         return compute + self.fetch_seconds()
 
+    def runs(self, batch: int, threshold: int) -> str:
+        """The mode of such a step; "" without SiDP."""
+        return self.group.runs(self.mode, batch, threshold) if self.kind == SIDP else ""
+
     def prefill_seconds(self, prompt: int) -> float:
         """Of one prompt, in full passes over its own or several prompts' tokens."""
         work = Work.prefill(_CHUNK, prompt)

@@ -11,7 +11,7 @@ from functools import cached_property
 from sidp_sgl.planner.prefetch_factor import Prefetch, was_factor
 from sidp_sgl.planner.time_model import RankTimes, Work
 from sidp_sgl.planner.weights import block_bytes
-from sidp_sgl.scheduler.mode_policy import CAS, WAS
+from sidp_sgl.scheduler.mode_policy import AUTO, CAS, WAS
 from sidp_sgl.scheduler.step_times import StepTimes
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.schedule import default_slots
@@ -148,15 +148,20 @@ class GroupTimes:
         measured = {batch: seconds(batch) for batch in _sizes(max_batch)}
         return StepTimes(self.fetch_seconds, measured).threshold(max_batch)
 
-    def mode(self, batch: int, threshold: int) -> str:
-        """What `--sidp-mode auto` runs in the long run."""
-        return WAS if batch >= threshold or batch > CAS_ROWS else CAS
+    def runs(self, mode: str, batch: int, threshold: int) -> str:
+        """What a step of `batch` is in `--sidp-mode` `mode`, in the long run."""
+        can_send = batch <= CAS_ROWS
+        wants_cas = mode == CAS or (mode == AUTO and batch < threshold)
+        return CAS if can_send and wants_cas else WAS
+
+    def largest_sent(self, threshold: int, fitting: int) -> int:
+        """The largest batch up to `fitting` that `--sidp-mode auto` sends; may be 0."""
+        return min(fitting, CAS_ROWS, threshold - 1)
 
     def decode_seconds(self, mode: str, batch: int, context: float, threshold: int) -> float:
-        """A decode step in `--sidp-mode` `mode`; batches that can't be sent are streamed."""
+        """A decode step in `--sidp-mode` `mode`."""
         work = Work.decode(batch, context)
-        chosen = {WAS: WAS, CAS: CAS if batch <= CAS_ROWS else WAS}.get(mode)
-        if (chosen or self.mode(batch, threshold)) == WAS:
+        if self.runs(mode, batch, threshold) == WAS:
             return self.was_seconds(work)
         return self.cas_seconds(work)
 

@@ -3,14 +3,17 @@
 Room: planner; pure.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sidp_sgl.config import SidpUsageError
 from sidp_sgl.planner.candidates import deployments
 from sidp_sgl.planner.deployment import SIDP, Deployment, Node
+from sidp_sgl.planner.group_times import CAS_ROWS
 from sidp_sgl.planner.time_model import Work
+from sidp_sgl.scheduler.mode_policy import AUTO, CAS
 
 WORTH = 1.02  # SiDP must gain this factor: less is within the model's error
+ALIKE = 0.998  # settings that differ by less are equally fast
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A deployment under the workload; `batch` is that of one rank, seconds are of a step.
+    """A deployment under the workload; batches are those of one rank, seconds are of a step.
 
-    Where it does not fit, `batch` is 0 and there are no times.
+    `fitting` requests have room, `batch` of them run: all, or, with SiDP, fewer where these can be
+    sent. Where nothing fits both are 0 and there are no times.
     """
 
     deployment: Deployment
     kv_tokens: int  # of one rank
-    batch: int
+    fitting: int
+    batch: int = 0
+    runs: str = ""  # mode of the steps, of SiDP
     step_seconds: float = 0.0
     compute_seconds: float = 0.0
     fetch_seconds: float = 0.0
@@ -51,7 +57,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.batch > 0
+        return self.fitting > 0
 
     @property
     def is_sidp(self) -> bool:
@@ -106,29 +112,42 @@ def make_plan(node: Node, workload: Workload, tp: int | None = None, dp: int | N
 
 
 def estimate(deployment: Deployment, workload: Workload) -> Estimate:
-    """What `deployment` does when its KV cache is full of requests."""
-    batch = deployment.batch(workload.sequence)
-    kv_tokens = deployment.kv_tokens()
-    if batch == 0:
+    """What `deployment` does in the long run, with the batch that is best for it."""
+    fitting, kv_tokens = deployment.batch(workload.sequence), deployment.kv_tokens()
+    if fitting == 0:
         return Estimate(deployment, kv_tokens, 0)
-    threshold = hiding = None
-    if deployment.kind == SIDP:
-        group, largest = deployment.group, deployment.max_running_requests()
-        threshold = group.threshold(workload.context, largest)
-        hiding = group.hiding_batch(workload.context, largest)
-    step = deployment.decode_seconds(batch, workload.context, threshold or 0)
+    if deployment.kind != SIDP:
+        return _at_batch(deployment, workload, fitting, Estimate(deployment, kv_tokens, fitting))
+    group, largest = deployment.group, deployment.max_running_requests()
+    threshold = group.threshold(workload.context, largest)
+    about = Estimate(
+        deployment,
+        kv_tokens,
+        fitting,
+        threshold=threshold,
+        hiding_batch=group.hiding_batch(workload.context, largest),
+    )
+    # Tokens per second grow with the batch within a mode: the largest batches of both are enough.
+    batches = {fitting, *({group.largest_sent(threshold, fitting)} - {0})}
+    if deployment.mode != AUTO:
+        batches = {fitting, min(fitting, CAS_ROWS)} if deployment.mode == CAS else {fitting}
+    best = _fastest([_at_batch(deployment, workload, b, about) for b in sorted(batches)])
+    assert best is not None
+    return best
+
+
+def _at_batch(deployment: Deployment, workload: Workload, batch: int, about: Estimate) -> Estimate:
+    step = deployment.decode_seconds(batch, workload.context, about.threshold or 0)
     prefill = deployment.prefill_seconds(workload.input_len)
     # In every step batch / output_len requests end, and as many prompts come in.
     seconds = step + batch / workload.output_len * prefill
-    return Estimate(
-        deployment,
-        kv_tokens,
-        batch,
+    return replace(
+        about,
+        batch=batch,
+        runs=deployment.runs(batch, about.threshold or 0),
         step_seconds=step,
         compute_seconds=deployment.rank.compute_seconds(Work.decode(batch, workload.context)),
         fetch_seconds=deployment.fetch_seconds(),
-        threshold=threshold,
-        hiding_batch=hiding,
         prefill_seconds=prefill,
         tokens_per_second=deployment.dp * batch / seconds,
     )
@@ -137,9 +156,9 @@ def estimate(deployment: Deployment, workload: Workload) -> Estimate:
 def step_rows(sidp: Estimate, workload: Workload) -> tuple[StepRow, ...]:
     """Batch sizes 1, 2, 4, … up to what fits."""
     group, threshold = sidp.deployment.group, sidp.threshold or 0
-    sizes = [2**n for n in range(sidp.batch.bit_length())]
+    sizes = [2**n for n in range(sidp.fitting.bit_length())]
     rows = []
-    for batch in sorted({*sizes, sidp.batch}):
+    for batch in sorted({*sizes, sidp.batch, sidp.fitting}):
         work = Work.decode(batch, workload.context)
         rows.append(
             StepRow(
@@ -148,15 +167,16 @@ def step_rows(sidp: Estimate, workload: Workload) -> tuple[StepRow, ...]:
                 fetch_seconds=group.fetch_seconds,
                 was_seconds=group.was_seconds(work),
                 cas_seconds=group.cas_seconds(work),
-                auto=group.mode(batch, threshold),
+                auto=group.runs(AUTO, batch, threshold),
             )
         )
     return tuple(rows)
 
 
 def _fastest(estimates: list[Estimate]) -> Estimate | None:
-    """The first of those that are equally fast."""
-    return max(estimates, key=lambda e: e.tokens_per_second, default=None)
+    """The first of those that are as good as equally fast."""
+    most = max((e.tokens_per_second for e in estimates), default=0.0)
+    return next((e for e in estimates if e.tokens_per_second >= ALIKE * most), None)
 
 
 def _best(baseline: Estimate | None, sidp: Estimate | None) -> Estimate:

@@ -5,6 +5,7 @@ Room: planner; pure.
 
 from sidp_sgl.planner.deployment import SIDP
 from sidp_sgl.planner.plan import Estimate, Plan
+from sidp_sgl.scheduler.mode_policy import CAS
 
 _LITTLE = 1.15  # times the KV cache: what batches hardly feel
 
@@ -16,7 +17,7 @@ def reason(plan: Plan) -> str:
         assert sidp is not None
         return (
             f"{sidp.deployment.label}: without SiDP the weights leave no room for a request on any "
-            f"split; with it {_batch(sidp)} fit, and {_hiding(sidp)}."
+            f"split; with it {_batch(sidp)} run, and {_hiding(sidp)}."
         )
     if sidp is None:
         return (
@@ -28,7 +29,7 @@ def reason(plan: Plan) -> str:
     if best.is_sidp:
         return (
             f"{sidp.deployment.label}: {gain:.2f}x the tokens per second of {rival}, because "
-            f"{_batch(sidp)} fit instead of {_batch(baseline)}, and {_hiding(sidp)}."
+            f"{_why(sidp, baseline)}, and {_hiding(sidp)}."
         )
     return (
         f"{rival}: SiDP is not worth it here ({sidp.deployment.label} reaches {gain:.2f}x), "
@@ -36,13 +37,24 @@ def reason(plan: Plan) -> str:
     )
 
 
+def _why(sidp: Estimate, baseline: Estimate) -> str:
+    if sidp.batch * sidp.deployment.dp > baseline.batch * baseline.deployment.dp:
+        return f"{_batch(sidp)} run instead of {_batch(baseline)}"
+    return (
+        f"a step of {_batch(sidp)} takes {sidp.step_seconds * 1e3:.1f} ms instead of "
+        f"{baseline.step_seconds * 1e3:.1f} ms of {_batch(baseline)}"
+    )
+
+
 def _batch(estimate: Estimate) -> str:
     dp = estimate.deployment.dp
-    return f"{estimate.batch * dp} requests" + (f" ({estimate.batch} per rank)" if dp > 1 else "")
+    return f"{estimate.batch * dp:,} requests" + (f" ({estimate.batch:,} a rank)" if dp > 1 else "")
 
 
 def _hiding(estimate: Estimate) -> str:
     compute, fetch = estimate.compute_seconds * 1e3, estimate.fetch_seconds * 1e3
+    if estimate.runs == CAS:
+        return f"rows are sent where fetches would take {fetch:.1f} ms (CaS)"
     if fetch == 0:
         return "every fetched layer keeps its slot"
     hides = "hides" if compute >= fetch else "does not hide"
@@ -59,6 +71,11 @@ def _why_not(plan: Plan, sidp: Estimate, baseline: Estimate) -> str:
         baseline,
     )
     more = sidp.kv_tokens * sidp.deployment.dp / (same.kv_tokens * same.deployment.dp)
+    if sidp.runs == CAS:
+        return (
+            f"batches that hide {sidp.fetch_seconds * 1e3:.1f} ms of fetches do not fit, and in "
+            f"CaS {sidp.batch:,} requests a rank are the most"
+        )
     if sidp.compute_seconds < sidp.fetch_seconds:
         return f"even with all memory in use {_hiding(sidp)}"
     if more < _LITTLE:
@@ -72,7 +89,9 @@ def _why_not(plan: Plan, sidp: Estimate, baseline: Estimate) -> str:
 def notes(plan: Plan) -> list[str]:
     """What a reader should know beside the figures."""
     found = []
-    sidp = plan.sidp
+    sidp, best = plan.sidp, plan.best
+    if best.batch < best.fitting:
+        found.append(f"limit the batch with --max-running-requests {best.batch}")
     if sidp is not None and sidp.deployment.kind == SIDP:
         shape = plan.node.shape
         missing = []
@@ -80,7 +99,7 @@ def notes(plan: Plan) -> list[str]:
         missing += ["experts"] if shape.num_experts else []
         missing += ["FP8 weights"] if shape.dtype == "fp8" else []
         if missing:
-            found.append(f"the engine's SiDP does not do {' and '.join(missing)} yet")
+            found.append(f"the engine's SiDP does not do {', '.join(missing)} yet")
     if any(e.deployment.kind == "sharded_gpu" for e in plan.estimates):
         found.append("SGLang 0.5.23 has sharded_gpu for DeepSeek models only")
     return found

@@ -11,8 +11,8 @@ from sidp_sgl.planner.plan import Estimate, Plan
 from sidp_sgl.planner.reason import notes, reason
 from sidp_sgl.planner.weights import kv_bytes, num_parameters, part_bytes
 
-_SETTINGS = ("setting", "weights", "KV", "KV tokens", "batch", "step", "fetch", "thresh-", "tokens")
-_UNITS = ("", "GB/GPU", "GB/GPU", "of node", "per rank", "ms", "ms", "old", "per s")
+_SETTINGS = ("setting", "weights", "KV", "KV tokens", "fit", "run", "step", "fetch", "thresh-")
+_UNITS = ("", "GB/GPU", "GB/GPU", "of node", "per rank", "", "ms", "ms", "old")
 _STEPS = ("batch", "all local", "fetches", "WaS", "CaS", "auto")
 _STEP_UNITS = ("per rank", "ms", "ms", "ms", "ms", "")
 
@@ -25,7 +25,10 @@ def as_text(plan: Plan) -> str:
         f"{load.input_len} + {load.output_len} tokens, memory fraction {node.mem_fraction:g}, "
         f"pool {node.pool}",
         "",
-        *_table([_SETTINGS, _UNITS], [_row(estimate) for estimate in plan.estimates]),
+        *_table(
+            [(*_SETTINGS, "tokens"), (*_UNITS, "per s")],
+            [_row(estimate) for estimate in plan.estimates],
+        ),
     ]
     if plan.sidp:
         lines += [
@@ -55,7 +58,7 @@ def _row(estimate: Estimate) -> tuple[str, ...]:
     deployment = estimate.deployment
     weights = f"{deployment.memory.weight_bytes() / 1e9:.1f}"
     if not estimate.fits:
-        return (deployment.label, weights, "does not fit", *[""] * 6)
+        return (deployment.label, weights, "does not fit", *[""] * 7)
     largest = deployment.max_running_requests()
     threshold = estimate.threshold
     return (
@@ -63,6 +66,7 @@ def _row(estimate: Estimate) -> tuple[str, ...]:
         weights,
         f"{_kv_gb(estimate):.1f}",
         f"{estimate.kv_tokens * deployment.dp:,}",
+        f"{estimate.fitting:,}",
         f"{estimate.batch:,}",
         _ms(estimate.step_seconds),
         _ms(estimate.fetch_seconds) if estimate.fetch_seconds else "",
@@ -135,7 +139,9 @@ def _estimate_json(estimate: Estimate) -> dict[str, Any]:
             name: getattr(estimate, name)
             for name in (
                 "kv_tokens",
+                "fitting",
                 "batch",
+                "runs",
                 "step_seconds",
                 "compute_seconds",
                 "fetch_seconds",

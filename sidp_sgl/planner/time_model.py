@@ -135,8 +135,10 @@ class RankTimes:
         )
 
     def ffn_collective_seconds(self, rows: float) -> float:
-        """The collective after one layer's FFN of `rows` rows in all."""
-        return self.collective_seconds(rows, self.split.ffn)
+        """The all-reduce after one layer's FFN of `rows` rows in all; with DP attention the rows
+        are gathered before it and scattered after it."""
+        twice = self.machine.collective_seconds if self.ranks_in_ffn > 1 else 0.0
+        return twice + self.collective_seconds(rows, self.split.ffn)
 
     def layer_seconds(self, layer: int, work: Work) -> float:
         """One layer, all of it."""
