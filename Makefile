@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test unit e2e bench lint format clean
+.PHONY: install demo test unit e2e soak bench lint format clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -25,6 +25,10 @@ unit: install
 
 e2e: install
 	$(PYTHON) -m pytest tests/e2e
+
+# Ten minutes of random load, faults among it; not part of `make test`.
+soak: install
+	PYTHONWARNINGS=ignore $(PYTHON) -m tests.soak.soak --minutes 10 --seed 0
 
 bench: install
 	PYTHONWARNINGS=ignore $(PYTHON) -m bench.prefetch_order
