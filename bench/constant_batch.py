@@ -34,11 +34,8 @@ class Steps:
 def run_steps(side: Side, batch_size: int, num_steps: int, ranks: list[int], seed: int) -> Steps:
     """Each of `ranks` runs `batch_size` requests of equal length. `side` must have been started
     with ENVIRONMENT and KEYWORDS."""
-    placed = [rank for rank in ranks for _ in range(batch_size)]
-    prompts = make_prompts(len(placed), INPUT_TOKENS, seed)
-    sampling = {"temperature": 0, "max_new_tokens": num_steps, "ignore_eos": True}
     before = side.states()
-    side.run(prompts, sampling, ranks=placed)
+    run_batch(side, batch_size, num_steps, ranks, seed)
     after = side.states()
     old, new = ([state.get("sidp", {}) for state in states] for states in (before, after))
     was, cas = (_iterations(new, mode) - _iterations(old, mode) for mode in ("was", "cas"))
@@ -56,6 +53,13 @@ def run_steps(side: Side, batch_size: int, num_steps: int, ranks: list[int], see
         - sum(status.get("mode_switches", 0) for status in old),
         [status["batch_threshold"] for status in new if status],
     )
+
+
+def run_batch(side: Side, batch_size: int, num_steps: int, ranks: list[int], seed: int) -> None:
+    placed = [rank for rank in ranks for _ in range(batch_size)]
+    prompts = make_prompts(len(placed), INPUT_TOKENS, seed)
+    sampling = {"temperature": 0, "max_new_tokens": num_steps, "ignore_eos": True}
+    side.run(prompts, sampling, ranks=placed)
 
 
 def _iterations(statuses: list[dict[str, Any]], mode: str) -> int:

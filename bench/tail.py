@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             sides[name] = stack.enter_context(side)
             if name == "plain":
                 # The fastest: a step that was disturbed would make the link too slow.
-                first_step = min(run_steps(side, 1, 48, [0], args.seed).seconds for _ in range(4))
+                first_step = min(run_steps(side, 1, 48, [0], args.seed).seconds for _ in range(6))
                 gbps = gbps or link_gbps(args.dp_size, FETCH_OVER_STEP * first_step)
             side.run(prompts[: 4 * args.dp_size], {**sampling[0], "max_new_tokens": 24})  # warm-up
         for repeat in range(args.repeats):
