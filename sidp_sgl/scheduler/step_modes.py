@@ -62,10 +62,10 @@ class StepModes:
             return None
         return self.control.leases(batch_size, self._patience(batch_size))
 
-    def end_decode(self, batch_size: int, mode: str) -> None:
+    def end_decode(self, batch_size: int, mode: str, *, can_call: bool = True) -> None:
         """Count the step, and ask for the next one's leases while the scheduler does its part."""
         self.steps[mode] += 1
-        if self.policy.mode == CAS and batch_size <= self._max_rows:
+        if self.policy.mode == CAS and can_call and batch_size <= self._max_rows:
             rows = -(-batch_size // _ROUND_ROWS) * _ROUND_ROWS
             self.control.ask(min(rows, self._max_rows))
         else:

@@ -73,7 +73,8 @@ class ModeHooks:
                 result = original(scheduler, batch, *args, **kw)
             finally:
                 remote.end_step()
-        self._modes.end_decode(batch_size, mode)
+        can_call = remote is not None and remote.is_available()  # not after a silence
+        self._modes.end_decode(batch_size, mode, can_call=can_call)
         return result
 
     def _stall_seconds(self) -> float:

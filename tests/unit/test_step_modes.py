@@ -195,3 +195,14 @@ def test_forced_switches_stand_for_a_policy(ranks: list[Rank]) -> None:
     modes = StepModes(ForcedSwitches(3), ranks[0].control, MAX_ROWS)
     assert [decode(modes, 4) for _ in range(9)] == [CAS] * 3 + [WAS] * 3 + [CAS] * 3
     assert modes.policy.switches == 2
+
+
+def test_nothing_is_asked_for_while_an_answer_is_still_to_come(ranks: list[Rank]) -> None:
+    modes = step_modes_of(ranks[0], "cas")
+    assert modes.begin_decode(3, can_call=True) == OFFSETS
+    modes.end_decode(3, CAS, can_call=False)  # the owner fell silent in the middle of the step
+    for _ in range(3):
+        assert modes.begin_decode(3, can_call=False) is None
+        modes.end_decode(3, WAS, can_call=False)
+    assert len(ranks[0].requests) == 1
+    wait_until(lambda: ranks[1].ledger.leases() == {})
