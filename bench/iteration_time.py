@@ -2,7 +2,8 @@
 
 The link is paced so that the fetches of a step take about five times the step of a plain rank at
 batch 1. Every rank runs the same batch; repeats alternate between the sides. Before a batch size
-is measured, each side runs it once uncounted, auto for longer: it learns.
+is measured, each side runs it once uncounted, auto for longer: it learns. All sides
+are up at once: 18 GB of memory, five minutes on two cores.
 """
 
 import argparse
