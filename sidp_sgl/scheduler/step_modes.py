@@ -56,7 +56,10 @@ class StepModes:
             if self._decided % _RECALCULATE_STEPS == 0:
                 self._threshold = self.times.threshold(self._max_rows)
             self._decided += 1
-        if self.policy.decide(batch_size, self._threshold) != CAS or not can_call:
+        threshold = self._threshold
+        if threshold is not None and threshold > self._max_rows:
+            threshold = 2 * self._max_rows  # out of reach: no hysteresis below it
+        if self.policy.decide(batch_size, threshold) != CAS or not can_call:
             return None
         if batch_size > self._max_rows:
             return None

@@ -11,7 +11,7 @@ from sidp_sgl.scheduler.mode_policy import CAS, WAS
 _WEIGHT = 0.1  # of a new observation in a moving average
 _BOUND_SHARE = 0.1  # a WaS step that stalls for more of its time is bound by its fetches
 _OUTLIER = 10.0  # times the estimate of a step: more than that is a disturbance, not its time
-_FORGET = 0.001  # per WaS step: what CaS steps cost is measured in CaS steps only
+_FORGET_STEPS = (50, 3200)  # WaS steps after which half of what CaS costs more is forgotten
 
 
 class StepTimes:
@@ -29,6 +29,8 @@ class StepTimes:
         # A larger batch that measured faster is noise, and would make the threshold ambiguous.
         self._seconds = list(accumulate((compute_seconds[size] for size in self._sizes), max))
         self._overheads: dict[str, float] = {}  # by mode, from its first observation on
+        self._forget_steps = _FORGET_STEPS[0]
+        self._was_steps = 0  # since the last CaS step, or since something was forgotten
 
     def overhead_seconds(self, mode: str) -> float:
         """What a step takes beyond the measured compute, without stalls: scheduling, longer
@@ -45,9 +47,20 @@ class StepTimes:
         self._overheads[mode] = _averaged(self._overheads.get(mode), overhead)
         if mode == WAS:
             self._observe_fetches(min(seconds, limit), stall_seconds > _BOUND_SHARE * seconds)
-            if CAS in self._overheads:
-                difference = self._overheads[WAS] - self._overheads[CAS]
-                self._overheads[CAS] += _FORGET * difference
+            self._forget_cas()
+            return
+        self._was_steps = 0
+        if seconds < self.fetch_seconds:
+            self._forget_steps = _FORGET_STEPS[0]  # CaS is worth its retries
+
+    def _forget_cas(self) -> None:
+        """What CaS costs is measured in CaS steps only: a rank that has left CaS because it was
+        slow for a while must try it again, but ever more rarely where it stays slow."""
+        self._was_steps += 1
+        if CAS in self._overheads and self._was_steps >= self._forget_steps:
+            self._was_steps = 0
+            self._forget_steps = min(2 * self._forget_steps, _FORGET_STEPS[1])
+            self._overheads[CAS] = (self._overheads[WAS] + self._overheads[CAS]) / 2
 
     def _observe_fetches(self, seconds: float, is_bound: bool) -> None:
         """A WaS step that waits takes as long as its fetches; one that does not, longer."""

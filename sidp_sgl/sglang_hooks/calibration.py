@@ -25,7 +25,10 @@ def calibrate(
 ) -> StepTimes:
     """Fetch time of a step's layers, and compute time at batch sizes 1, 2, 4, … max_batch."""
     _fetch_all(pool)  # not timed: some layers lie in their slots already
-    fetch_seconds = _best(lambda: _fetch_all(pool))
+    fetch_seconds = _best(lambda: _fetch_all(pool), time.perf_counter)
+    # On CPUs ranks may share cores, and all calibrate at the same time.
+    is_cpu = scheduler.tp_worker.model_runner.device == "cpu"
+    compute_clock = time.thread_time if is_cpu else time.perf_counter
     runner = scheduler.tp_worker.model_runner.eager_runner
     largest = min(max_batch, runner._eager_max_bs)
     with _context_length(scheduler.tp_worker.model_runner.attn_backend):
@@ -34,7 +37,7 @@ def calibrate(
     with execution.weights_as_they_are():
         while size <= largest:
             step = partial(runner._dummy_run, batch_size=size, buffers=buffers)
-            compute_seconds[size] = _best(step)
+            compute_seconds[size] = _best(step, compute_clock)
             size *= 2
     logger.info(
         "sidp: fetching all layers takes %.1f ms, a step %s",
@@ -60,11 +63,11 @@ def _fetch_all(pool: WeightPool) -> None:
         pool.leave(layer)
 
 
-def _best(run: Callable[[], Any]) -> float:
-    """Seconds of the fastest of a few runs: other ranks calibrate at the same time."""
+def _best(run: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """Seconds of the fastest of a few runs, by `clock`."""
     times = []
     for _ in range(_REPEATS):
-        started = time.perf_counter()
+        started = clock()
         run()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return min(times)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sidp_sgl.scheduler.mode_policy import WAS
 from sidp_sgl.scheduler.step_times import StepTimes
 from sidp_sgl.sglang_hooks.calibration import CONTEXT_TOKENS, calibrate
 from sidp_sgl.weightpool.execution import UnitExecution
@@ -20,7 +21,9 @@ FETCH_SECONDS = 0.01  # of one layer
 class Runner:
     """SGLang's dummy decode steps; each takes as many milliseconds as `milliseconds` says."""
 
-    def __init__(self, largest: int, milliseconds: Callable[[int], float]) -> None:
+    def __init__(
+        self, largest: int, milliseconds: Callable[[int], float], device: str = "cuda"
+    ) -> None:
         self._eager_max_bs = largest
         self._milliseconds = milliseconds
         self.attention = SimpleNamespace()
@@ -28,7 +31,9 @@ class Runner:
         self.execution: UnitExecution | None = None
         self.scheduler = SimpleNamespace(
             tp_worker=SimpleNamespace(
-                model_runner=SimpleNamespace(eager_runner=self, attn_backend=self.attention)
+                model_runner=SimpleNamespace(
+                    eager_runner=self, attn_backend=self.attention, device=device
+                )
             )
         )
 
@@ -102,3 +107,12 @@ def test_units_use_the_pool_again_where_a_step_failed() -> None:
     with pytest.raises(ZeroDivisionError):
         calibrate(runner.scheduler, pool, runner.execution, 64)  # type: ignore[arg-type]
     assert runner.execution._uses_pool
+
+
+def test_on_cpus_steps_are_timed_without_the_waits_for_a_core() -> None:
+    """Ranks that share cores calibrate at the same time: a sleep stands for such a wait."""
+    runner = Runner(1, lambda n: 20.0, device="cpu")
+    pool = SimpleNamespace(owners=[])
+    runner.execution = UnitExecution(pool)  # type: ignore[arg-type]
+    times = calibrate(runner.scheduler, pool, runner.execution, 64)  # type: ignore[arg-type]
+    assert times.step_seconds(WAS, 1) < 0.01

@@ -206,3 +206,13 @@ def test_nothing_is_asked_for_while_an_answer_is_still_to_come(ranks: list[Rank]
         modes.end_decode(3, WAS, can_call=False)
     assert len(ranks[0].requests) == 1
     wait_until(lambda: ranks[1].ledger.leases() == {})
+
+
+def test_a_threshold_out_of_reach_has_no_band_below_it(ranks: list[Rank]) -> None:
+    modes = step_modes_of(ranks[0], "auto")
+    modes.times = StepTimes(1.0, {1: 1e-3, 64: 2e-3})  # no batch hides such fetches
+    assert decode(modes, MAX_ROWS + 1) == WAS
+    for _ in range(DWELL_STEPS):
+        mode = decode(modes, MAX_ROWS)
+    assert modes.threshold == MAX_ROWS + 1
+    assert mode == CAS

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.scheduler.mode_policy import CAS, WAS
+from sidp_sgl.scheduler.mode_policy import CAS, WAS, ModePolicy
 from sidp_sgl.scheduler.step_times import StepTimes
 
 TABLE = {1: 0.010, 4: 0.013, 16: 0.025}
@@ -130,9 +130,34 @@ def test_dear_cas_steps_are_forgotten_in_time() -> None:
     step_times = new(0.05)
     step_times.observe(CAS, 4, 0.4, 0.0)
     assert step_times.threshold(64) == 1
-    for _ in range(3000):
+    for _ in range(2000):
         step_times.observe(WAS, 4, 0.05, 0.037)
     assert step_times.threshold(64) > 10
+
+
+def run_auto(step_times: StepTimes, steps: int, cas_seconds: float) -> float:
+    """Share of CaS in the steps of a rank at batch 4 whose fetches take 0.05 s."""
+    policy = ModePolicy("auto")
+    num_cas = 0
+    for step in range(steps):
+        if step % 16 == 0:
+            threshold = step_times.threshold(64)
+        if policy.decide(4, threshold) == CAS:
+            num_cas += 1
+            step_times.observe(CAS, 4, cas_seconds, 0.0)
+        else:
+            step_times.observe(WAS, 4, 0.05, 0.037)
+    return num_cas / steps
+
+
+def test_cas_that_stays_dear_is_tried_ever_more_rarely() -> None:
+    assert run_auto(new(0.05), 4000, cas_seconds=0.064) < 0.1
+
+
+def test_cas_comes_back_when_a_disturbance_is_over() -> None:
+    step_times = new(0.05)
+    run_auto(step_times, 20, cas_seconds=0.2)
+    assert run_auto(step_times, 800, cas_seconds=0.016) > 0.4
 
 
 def test_a_disturbance_counts_ten_times_the_estimate_at_most() -> None:
