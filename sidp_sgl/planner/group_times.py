@@ -88,13 +88,17 @@ class GroupTimes:
 
     def was_seconds(self, work: Work) -> float:
         """A step that streams weights: its compute or its fetches, and what the order costs."""
-        compute = self.rank.compute_seconds(work)
+        return self.streamed_seconds(self.rank.compute_seconds(work))
+
+    def streamed_seconds(self, compute: float) -> float:
+        """A step of `compute` seconds that streams weights meanwhile."""
         return compute * was_factor(self._prefetch, self.fetch_seconds / compute)
 
-    def cas_seconds(self, work: Work, active_ranks: int | None = None) -> float:
+    def cas_seconds(self, work: Work, active_ranks: float | None = None) -> float:
         """A decode step that sends rows: `active_ranks` do the same step, the others are idle.
 
-        Rows of all active ranks meet in one GEMM at the owner, and share its link.
+        Rows of all active ranks meet in one GEMM at the owner, and share its link. Where batches
+        differ, `active_ranks` is all their rows over this rank's.
         """
         active = self.pooling.num_ranks if active_ranks is None else active_ranks
         num_layers = len(self.blocks)
@@ -106,7 +110,9 @@ class GroupTimes:
         )
         return layers + self.rank.head_seconds(work)
 
-    def _cas_layer_seconds(self, layer: int, work: Work, active: int, remote_share: float) -> float:
+    def _cas_layer_seconds(
+        self, layer: int, work: Work, active: float, remote_share: float
+    ) -> float:
         rank, all_rows = self.rank, active * work.rows
         linear = self.pooling.pool == "linear"
         units = 3 if linear else 1
