@@ -9,7 +9,7 @@ from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import load_model
 from sidp_sgl.planner.simulator import Settings, simulate
 from sidp_sgl.planner.simulator.costs import StepCosts
-from sidp_sgl.planner.simulator.modes import Owner, RankModes
+from sidp_sgl.planner.simulator.modes import RankModes, Service
 from sidp_sgl.planner.time_model import Work
 from sidp_sgl.scheduler.mode_policy import CAS, DWELL_STEPS, WAS
 from tests.unit.simulated import request, requests_of, sidp
@@ -77,9 +77,8 @@ def test_cas_never_sends_more_rows_than_staging_holds() -> None:
 
 
 def test_rows_of_all_senders_meet() -> None:
-    owners = [Owner() for _ in range(4)]
-    costs = StepCosts(on_gpus("Llama-3.1-70B"))
-    ranks = [RankModes(costs, "cas", None, owners, rank) for rank in range(4)]
+    service, costs = Service(4), StepCosts(on_gpus("Llama-3.1-70B"))
+    ranks = [RankModes(costs, "cas", None, service, rank) for rank in range(4)]
     alone = ranks[0].decode_seconds(0.0, 8, 8000)
     second = ranks[1].decode_seconds(0.0, 16, 16000)
     assert alone == (CAS, costs.sent(8, 8000, 8))
@@ -88,20 +87,29 @@ def test_rows_of_all_senders_meet() -> None:
     assert ranks[2].decode_seconds(0.1, 4, 4000) == (CAS, costs.sent(4, 4000, 16 + 4))
 
 
+def test_an_owner_serves_all_but_itself() -> None:
+    service = Service(3)
+    service.load(0, 1.0, 0.25)
+    service.load(1, 1.0, 0.125)
+    assert [service.share(owner, 1.0) for owner in range(3)] == pytest.approx([0.125, 0.25, 0.375])
+    assert service.share(2, 2.5) == 0
+
+
 def test_a_busy_owner_with_work_of_its_own_declines() -> None:
-    owners = [Owner() for _ in range(2)]
-    costs = StepCosts(on_gpus("Llama-3.1-70B"))
-    modes = RankModes(costs, "cas", None, owners, 0)
-    owners[1].share.add(0.0, 0.6)
+    service, costs = Service(3), StepCosts(on_gpus("Llama-3.1-70B"))
+    modes = RankModes(costs, "cas", None, service, 0)
+    service.load(2, 1.0, 0.6)
     assert modes.decode_seconds(1.0, 8, 8000)[0] == CAS
-    owners[1].batch = 1
+    service.batches[2] = 1
+    assert modes.decode_seconds(1.0, 8, 8000)[0] == CAS  # it serves itself only
+    service.batches[1] = 1
     assert modes.decode_seconds(1.0, 8, 8000)[0] == WAS
     assert modes.decode_seconds(2.0, 8, 8000)[0] == CAS  # the second it looks back is over
 
 
 def test_serving_slows_the_owners_own_stream() -> None:
-    owners = [Owner() for _ in range(2)]
-    modes = RankModes(StepCosts(on_gpus("Llama-3.1-70B")), "was", None, owners, 0)
+    service = Service(2)
+    modes = RankModes(StepCosts(on_gpus("Llama-3.1-70B")), "was", None, service, 0)
     quiet = modes.decode_seconds(1.0, 8, 8000)[1]
-    owners[0].share.add(0.8, 1.0)
+    service.load(1, 1.0, 0.2)
     assert modes.decode_seconds(1.0, 8, 8000)[1] == pytest.approx(quiet / 0.8)

@@ -7,7 +7,6 @@ the KV tokens it reads: the first is remembered, the second is a product.
 from sidp_sgl.planner.deployment import DP_ATTENTION, SHARDED_GPU, SIDP, Deployment
 from sidp_sgl.planner.group_times import CAS_ROWS
 from sidp_sgl.planner.time_model import Work
-from sidp_sgl.scheduler.mode_policy import WAS
 from sidp_sgl.scheduler.step_times import StepTimes
 
 CALIBRATION_CONTEXT = 128  # tokens, as in sglang_hooks/calibration.py
@@ -83,7 +82,3 @@ class StepCosts:
         sizes = [2**n for n in range(CAS_ROWS.bit_length())]
         measured = {size: self.decode(size, size * CALIBRATION_CONTEXT) for size in sizes}
         return StepTimes(self.fetch_seconds, measured)
-
-    def observed_stall(self, mode: str, seconds: float, compute: float) -> float:
-        """How long the compute of a step of `seconds` waited for fetches."""
-        return max(0.0, seconds - compute) if mode == WAS else 0.0

@@ -1,10 +1,9 @@
 """The engine's own choice of mode, step by step: StepModes, ModePolicy, StepTimes, ServiceShare.
 
-Room: planner; pure, but for what `scheduler` imports. Only the messages between ranks are replaced:
-answers come at once and none is lost.
+Room: planner; pure, but for what `scheduler` imports. Only the messages between ranks are replaced.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import cast
 
 from sidp_sgl.planner.group_times import CAS_ROWS
@@ -16,29 +15,57 @@ from sidp_sgl.scheduler.service_share import ServiceShare, decline_reason
 from sidp_sgl.scheduler.step_modes import StepModes
 
 
-class Owner:
-    """What the others ask a rank for, and load upon it."""
+class Service:
+    """What the owners of one group compute for others: its extent, and when they decline."""
 
-    def __init__(self) -> None:
-        self.batch = 0  # its own
-        self.sends_rows = 0  # in the CaS step under way; 0 in any other
-        self.share = ServiceShare()
+    def __init__(self, num_ranks: int) -> None:
+        self.batches = [0] * num_ranks  # every rank's own
+        self._rows = [0] * num_ranks  # that a rank sends in the CaS step under way
+        # Every owner serves all but itself: two looks tell what one would per pair of ranks.
+        self._all = ServiceShare()
+        self._for_rank = [ServiceShare() for _ in range(num_ranks)]
+
+    def send(self, rank: int, rows: int) -> tuple[int, int]:
+        """`rank` begins a CaS step; returns all rows that meet the owners, and how many send."""
+        self._rows[rank] = rows
+        return sum(self._rows), sum(rows > 0 for rows in self._rows)
+
+    def end_step(self, rank: int) -> None:
+        self._rows[rank] = 0
+
+    def load(self, rank: int, now: float, seconds: float) -> None:
+        """Each other owner computes `seconds` for `rank`; told when the step begins, so that
+        intervals come in order."""
+        self._all.add(now - seconds, now)
+        self._for_rank[rank].add(now - seconds, now)
+
+    def share(self, owner: int, now: float) -> float:
+        """Of the last second that `owner` served."""
+        return max(0.0, self._all.share(now) - self._for_rank[owner].share(now))
+
+    def declines(self, rank: int, now: float) -> bool:
+        """Whether an owner declines to serve `rank`, by the engine's rule."""
+        if self._all.share(now) < SERVICE_LIMIT:
+            return False
+        return any(
+            decline_reason(self.share(owner, now), batch, SERVICE_LIMIT)
+            for owner, batch in enumerate(self.batches)
+            if owner != rank
+        )
 
 
 class _Answers:
-    """In the place of SchedulerControl: all owners answer, by the engine's rule.
+    """In the place of SchedulerControl: owners answer at once, and no message is lost.
 
     Staging rows can't run out, for every rank may lease CAS_ROWS and asks for no more."""
 
-    def __init__(self, others: Sequence[Owner]) -> None:
+    def __init__(self, service: Service, rank: int) -> None:
         self.now = 0.0
-        self._others = others
+        self._service = service
+        self._rank = rank
 
     def leases(self, rows: int, seconds: float) -> Mapping[int, int] | None:
-        for owner in self._others:
-            if decline_reason(owner.share.share(self.now), owner.batch, SERVICE_LIMIT):
-                return None
-        return {}
+        return None if self._service.declines(self._rank, self.now) else {}
 
     def ask(self, rows: int) -> None:
         pass
@@ -51,12 +78,12 @@ class RankModes:
     """One rank's steps, chosen and timed; times in seconds."""
 
     def __init__(
-        self, costs: StepCosts, mode: str, threshold: int | None, group: Sequence[Owner], rank: int
+        self, costs: StepCosts, mode: str, threshold: int | None, service: Service, rank: int
     ) -> None:
         self._costs = costs
-        self._own = group[rank]
-        self._others = [owner for n, owner in enumerate(group) if n != rank]
-        self._answers = _Answers(self._others)
+        self._service = service
+        self._rank = rank
+        self._answers = _Answers(service, rank)
         self.policy = ModePolicy(mode)
         control = cast(SchedulerControl, self._answers)
         self._modes = StepModes(self.policy, control, CAS_ROWS, threshold)
@@ -69,7 +96,6 @@ class RankModes:
 
     def prefill_seconds(self, now: float, compute: float) -> float:
         self._modes.end_prefill()
-        self._begun = None
         return self._while_serving(now, self._costs.streamed(compute))
 
     def decode_seconds(self, now: float, batch: int, kv_tokens: int) -> tuple[str, float]:
@@ -80,29 +106,21 @@ class RankModes:
         self._begun = mode, batch, compute
         if mode == WAS:
             return mode, self._while_serving(now, self._costs.streamed(compute))
-        senders = [owner.sends_rows for owner in self._others if owner.sends_rows]
-        all_rows = batch + sum(senders)
-        self._own.sends_rows = batch
-        self._load_owners(now, self._costs.service(all_rows) / (1 + len(senders)))
+        all_rows, senders = self._service.send(self._rank, batch)
+        self._service.load(self._rank, now, self._costs.service(all_rows) / senders)
         return mode, self._costs.sent(batch, kv_tokens, all_rows)
-
-    def _load_owners(self, now: float, seconds: float) -> None:
-        """Each sender's part of what the other owners compute in this step; told when it begins,
-        so that intervals come in order."""
-        for owner in self._others:
-            owner.share.add(now - seconds, now)
 
     def _while_serving(self, now: float, seconds: float) -> float:
         """A step of a rank that computes for others meanwhile; what it serves while it sends rows
         itself is in `StepCosts.sent`."""
-        return seconds / (1.0 - min(self._own.share.share(now), SERVICE_LIMIT))
+        return seconds / (1.0 - min(self._service.share(self._rank, now), SERVICE_LIMIT))
 
     def end_decode(self, seconds: float, goes_on: bool) -> None:
         """Like the engine, learns from a step that another one follows at once."""
         assert self._begun is not None
         mode, batch, compute = self._begun
-        self._own.sends_rows = 0
+        self._service.end_step(self._rank)
         self._modes.end_decode(batch, mode)
         if goes_on:
-            stall = self._costs.observed_stall(mode, seconds, compute)
+            stall = max(0.0, seconds - compute) if mode == WAS else 0.0
             self._times.observe(mode, batch, seconds, stall)

@@ -7,7 +7,7 @@ import random
 
 from sidp_sgl.planner.simulator.costs import StepCosts
 from sidp_sgl.planner.simulator.job import Request
-from sidp_sgl.planner.simulator.modes import Owner, RankModes
+from sidp_sgl.planner.simulator.modes import RankModes, Service
 from sidp_sgl.planner.simulator.rank_queue import RankQueue
 from sidp_sgl.planner.simulator.report import LOCAL, PREFILL, RankReport, Timeline
 from sidp_sgl.scheduler.mode_policy import CAS
@@ -16,29 +16,32 @@ _LEAST = 0.1  # of a step's time, however the dice fall
 
 
 class Rank:
-    """`modes` is None without SiDP. `timeline` is shared by all ranks."""
+    """`number` among all ranks, `index` in its group. `modes` is None without SiDP; `timeline` is
+    shared by all ranks, `service` by those of the group."""
 
     def __init__(
         self,
         number: int,
+        index: int,
         queue: RankQueue,
         costs: StepCosts,
-        owner: Owner,
+        service: Service,
         modes: RankModes | None,
         timeline: Timeline,
         jitter: float,
-        seed: str,
+        dice: random.Random,
     ) -> None:
         self.number = number
         self.queue = queue
         self.report = RankReport(number)
         self.is_busy = False
         self._costs = costs
-        self._owner = owner
+        self._index = index
+        self._service = service
         self._modes = modes
         self._timeline = timeline
         self._jitter = jitter
-        self._dice = random.Random(seed)
+        self._dice = dice
         self._step = ""  # prefill, local, was or cas: the step under way
         self._start = 0.0
 
@@ -66,7 +69,7 @@ class Rank:
             self.is_busy = False
             return None
         self.is_busy = True
-        self._owner.batch = queue.batch
+        self._service.batches[self._index] = queue.batch
         if self._jitter:
             seconds *= max(_LEAST, self._dice.gauss(1.0, self._jitter))
         return now + seconds
@@ -101,7 +104,7 @@ class Rank:
             request.finish = now
             request.rank = self.number
         report.finished += len(done)
-        self._owner.batch = queue.batch
+        self._service.batches[self._index] = queue.batch
         return done
 
     def close(self) -> RankReport:

@@ -3,6 +3,7 @@
 Room: planner; pure. Deterministic: the same requests, settings and seed give the same report.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
@@ -11,7 +12,7 @@ from sidp_sgl.planner.deployment import Deployment
 from sidp_sgl.planner.simulator.costs import StepCosts
 from sidp_sgl.planner.simulator.dispatch import Dispatcher
 from sidp_sgl.planner.simulator.job import Request
-from sidp_sgl.planner.simulator.modes import Owner, RankModes
+from sidp_sgl.planner.simulator.modes import RankModes, Service
 from sidp_sgl.planner.simulator.rank import Rank
 from sidp_sgl.planner.simulator.rank_queue import RankQueue
 from sidp_sgl.planner.simulator.report import Report, Timeline
@@ -69,19 +70,20 @@ def _make_groups(
     limit = settings.max_running_requests or deployment.max_running_requests()
     groups = []
     for group in range(num_groups):
-        owners = [Owner() for _ in range(deployment.dp)]
+        service = Service(deployment.dp)
         ranks = []
         for index in range(deployment.dp):
             number = group * deployment.dp + index
             queue = RankQueue(capacity, limit, settings.chunked_prefill_size, settings.ignore_eos)
             modes = (
-                RankModes(costs, deployment.mode, settings.batch_threshold, owners, index)
+                RankModes(costs, deployment.mode, settings.batch_threshold, service, index)
                 if costs.streams
                 else None
             )
-            dice = f"{seed} {number}"
-            rank = Rank(number, queue, costs, owners[index], modes, timeline, settings.jitter, dice)
-            ranks.append(rank)
+            dice = random.Random(f"{seed} {number}")
+            ranks.append(
+                Rank(number, index, queue, costs, service, modes, timeline, settings.jitter, dice)
+            )
         groups.append(Group(ranks, settings.load_balance_method))
     return groups
 
