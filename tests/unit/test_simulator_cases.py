@@ -4,6 +4,7 @@ import pytest
 
 from sidp_sgl.planner.deployment import DP_ATTENTION
 from sidp_sgl.planner.simulator import Settings, simulate
+from sidp_sgl.planner.simulator.dispatch import Load
 from tests.unit.simulated import deployment, request, sidp
 
 
@@ -132,3 +133,12 @@ def test_what_can_not_be() -> None:
         simulate(deployment(100), [], num_groups=0)
     with pytest.raises(ValueError, match="no such load balance method"):
         Settings(load_balance_method="random")
+
+
+def test_a_groups_load_is_that_of_its_ranks() -> None:
+    whole = Load()
+    parts = [Load(whole), Load(whole)]
+    parts[0].set(3, 100)
+    parts[1].set(1, 50)
+    parts[0].set(2, 70)
+    assert (whole.num_requests, whole.num_tokens) == (3, 120)

@@ -6,6 +6,7 @@ Room: planner; pure.
 import random
 
 from sidp_sgl.planner.simulator.costs import StepCosts
+from sidp_sgl.planner.simulator.dispatch import Load
 from sidp_sgl.planner.simulator.job import Request
 from sidp_sgl.planner.simulator.modes import RankModes, Service
 from sidp_sgl.planner.simulator.rank_queue import RankQueue
@@ -28,12 +29,14 @@ class Rank:
         service: Service,
         modes: RankModes | None,
         timeline: Timeline,
+        load: Load,
         jitter: float,
         dice: random.Random,
     ) -> None:
         self.number = number
         self.queue = queue
         self.report = RankReport(number)
+        self.load = load
         self.is_busy = False
         self._costs = costs
         self._index = index
@@ -45,13 +48,13 @@ class Rank:
         self._step = ""  # prefill, local, was or cas: the step under way
         self._start = 0.0
 
-    @property
-    def num_requests(self) -> int:
-        return self.queue.num_requests
+    def submit(self, request: Request) -> None:
+        self.queue.submit(request)
+        self._report_load()
 
-    @property
-    def num_tokens(self) -> int:
-        return self.queue.used + self.queue.waiting_tokens
+    def _report_load(self) -> None:
+        queue = self.queue
+        self.load.set(queue.num_requests, queue.used + queue.waiting_tokens)
 
     def begin(self, now: float) -> float | None:
         """When the step that begins `now` ends; None where there is nothing to do."""
@@ -67,8 +70,10 @@ class Rank:
             seconds = self._begin_decode(now)
         else:
             self.is_busy = False
+            self._report_load()
             return None
         self.is_busy = True
+        self._report_load()
         self._service.batches[self._index] = queue.batch
         if self._jitter:
             seconds *= max(_LEAST, self._dice.gauss(1.0, self._jitter))

@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 
 from sidp_sgl.planner.deployment import Deployment
 from sidp_sgl.planner.simulator.costs import StepCosts
-from sidp_sgl.planner.simulator.dispatch import Dispatcher
+from sidp_sgl.planner.simulator.dispatch import Dispatcher, Load
 from sidp_sgl.planner.simulator.job import Request
 from sidp_sgl.planner.simulator.modes import RankModes, Service
 from sidp_sgl.planner.simulator.rank import Rank
@@ -24,17 +24,10 @@ _DEFAULTS = Settings()
 class Group:
     """The ranks of one engine, and its dispatcher."""
 
-    def __init__(self, ranks: Sequence[Rank], method: str) -> None:
+    def __init__(self, ranks: Sequence[Rank], load: Load, method: str) -> None:
         self.ranks = ranks
+        self.load = load
         self._dispatcher = Dispatcher(method)
-
-    @property
-    def num_requests(self) -> int:
-        return sum(rank.num_requests for rank in self.ranks)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(rank.num_tokens for rank in self.ranks)
 
     def choose(self) -> Rank:
         return self._dispatcher.choose(self.ranks)
@@ -70,7 +63,7 @@ def _make_groups(
     limit = settings.max_running_requests or deployment.max_running_requests()
     groups = []
     for group in range(num_groups):
-        service = Service(deployment.dp)
+        service, load = Service(deployment.dp), Load()
         ranks = []
         for index in range(deployment.dp):
             number = group * deployment.dp + index
@@ -80,11 +73,11 @@ def _make_groups(
                 if costs.streams
                 else None
             )
-            dice = random.Random(f"{seed} {number}")
+            noise = settings.jitter, random.Random(f"{seed} {number}")
             ranks.append(
-                Rank(number, index, queue, costs, service, modes, timeline, settings.jitter, dice)
+                Rank(number, index, queue, costs, service, modes, timeline, Load(load), *noise)
             )
-        groups.append(Group(ranks, settings.load_balance_method))
+        groups.append(Group(ranks, load, settings.load_balance_method))
     return groups
 
 
@@ -105,7 +98,7 @@ def _run(
             # Whoever comes at the same moment is there before a step begins.
             while arrived < len(requests) and requests[arrived].arrival == now:
                 rank = dispatcher.choose(groups).choose()
-                rank.queue.submit(requests[arrived])
+                rank.submit(requests[arrived])
                 arrived += 1
                 if not rank.is_busy:
                     woken.add(rank.number)
