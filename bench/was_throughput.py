@@ -22,7 +22,7 @@ def measure(device_memory: str, args: argparse.Namespace) -> dict:
     sampling = {"temperature": 0, "max_new_tokens": args.output_tokens, "ignore_eos": True}
     with (
         Side("plain DP", environment, common) as plain,
-        Side("SiDP", environment, {**common, "sidp": True}) as pooled,
+        Side("SiDP", environment, {**common, "sidp": True, "sidp_mode": "was"}) as pooled,
     ):
         for side in (plain, pooled):
             side.run(prompts[: 4 * DP_SIZE], sampling)  # warm-up
