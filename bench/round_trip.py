@@ -106,7 +106,7 @@ def measure(situation: str, num_rows: int, args: argparse.Namespace) -> dict[str
     """Microseconds of every part and of the whole, call by call."""
     context = multiprocessing.get_context("spawn")
     pipe, child = context.Pipe()
-    staging = make_staging([ffn_unit()], 2)
+    staging = make_staging([ffn_unit().row_bytes], 2)
     computes = situation != "owner idle"
     processes = [
         context.Process(

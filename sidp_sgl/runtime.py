@@ -140,7 +140,7 @@ class Rank:
         return self.execution
 
     def _compute_group(self, units: list[PooledUnit]) -> ComputeGroup:
-        staging = make_staging(units, self.dp_size)
+        staging = make_staging((unit.row_bytes for unit in units), self.dp_size)
         calls = ShmCalls(self.dp_rank, self.dp_size, staging.inbox_bytes, staging.results_bytes)
         owned = [unit for unit in units if self.pool.owns(unit.layer)]
         return ComputeGroup(calls, staging, owned, self.control.share.add)

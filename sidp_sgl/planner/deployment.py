@@ -6,12 +6,13 @@ Room: planner; pure. Every deployment answers the same questions, so that they c
 from dataclasses import dataclass
 from functools import cached_property
 
-from sidp_sgl.planner.group_times import CAS_ROWS, GroupTimes, Pooling
+from sidp_sgl.planner.group_times import GroupTimes, Pooling
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.memory import RankMemory
 from sidp_sgl.planner.models import ModelShape
 from sidp_sgl.planner.time_model import RankTimes, Work
-from sidp_sgl.planner.weights import Split, align, kv_bytes, part_bytes
+from sidp_sgl.planner.weights import Split, kv_bytes, part_bytes
+from sidp_sgl.weightpool.staging import make_staging
 
 REPLICAS, DP_ATTENTION, SHARDED_GPU, SIDP = "replicas", "dp-attention", "sharded_gpu", "sidp"
 _GATHERED_LAYERS = 2  # that sharded_gpu holds: the one in use and the next
@@ -104,15 +105,13 @@ class Deployment:
         )
 
     def _staging_bytes(self) -> int:
-        """Rows that others lease here, and results on their way back: weightpool/staging.py."""
+        """Rows that others lease here, and results on their way back; rows of 16 bits."""
         weights = self.rank.weights(0)
         hidden = self.node.shape.hidden_size
-        widest_in, widest_out = hidden, hidden
+        units = [(hidden, hidden)]
         if self.node.pool == "linear":
-            widest_in = max(hidden, weights.o.in_width)
-            widest_out = max(hidden, weights.qkv.out_width)
-        inbox = (self.dp - 1) * CAS_ROWS * align(2 * widest_in)
-        return inbox + align(CAS_ROWS * 2 * widest_out)
+            units += [(hidden, weights.qkv.out_width), (weights.o.in_width, hidden)]
+        return make_staging(((2 * i, 2 * o) for i, o in units), self.dp).num_bytes
 
     def kv_tokens(self) -> int:
         """KV capacity of one rank."""

@@ -15,8 +15,7 @@ from sidp_sgl.scheduler.mode_policy import AUTO, CAS, WAS
 from sidp_sgl.scheduler.step_times import StepTimes
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.schedule import default_slots
-
-CAS_ROWS = 64  # of a CaS step at most: weightpool/staging.py, which needs torch (a test compares)
+from sidp_sgl.weightpool.staging import ROWS_PER_RANK
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,11 @@ class GroupTimes:
 
         def step_seconds(batch: int) -> float:
             work = Work.decode(batch, context)
-            return self.cas_seconds(work) if batch <= CAS_ROWS else self.rank.compute_seconds(work)
+            return (
+                self.cas_seconds(work)
+                if batch <= ROWS_PER_RANK
+                else self.rank.compute_seconds(work)
+            )
 
         return self._threshold(step_seconds, max_batch)
 
@@ -156,13 +159,13 @@ class GroupTimes:
 
     def runs(self, mode: str, batch: int, threshold: int) -> str:
         """What a step of `batch` is in `--sidp-mode` `mode`, in the long run."""
-        can_send = batch <= CAS_ROWS
+        can_send = batch <= ROWS_PER_RANK
         wants_cas = mode == CAS or (mode == AUTO and batch < threshold)
         return CAS if can_send and wants_cas else WAS
 
     def largest_sent(self, threshold: int, fitting: int) -> int:
         """The largest batch up to `fitting` that `--sidp-mode auto` sends; may be 0."""
-        return min(fitting, CAS_ROWS, threshold - 1)
+        return min(fitting, ROWS_PER_RANK, threshold - 1)
 
     def decode_seconds(self, mode: str, batch: int, context: float, threshold: int) -> float:
         """A decode step in `--sidp-mode` `mode`."""

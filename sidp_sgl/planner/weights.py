@@ -10,9 +10,9 @@ from typing import NamedTuple
 from sidp_sgl.config import SidpUsageError
 from sidp_sgl.planner.memory import kv_bytes_per_token
 from sidp_sgl.planner.models import ModelShape
+from sidp_sgl.weightpool.alignment import align
 
 POOLS = ("none", "ffn", "linear")
-ALIGNMENT = 256  # bytes; that of weightpool/layout.py, which needs torch (a test compares them)
 _VOCAB_PADDING = 64  # rows; SGLang's DEFAULT_VOCAB_PADDING_SIZE
 _BYTES = {"bf16": 2, "fp8": 1}
 
@@ -86,11 +86,6 @@ class PartBytes:
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
-
-
-def align(num_bytes: int) -> int:
-    """`num_bytes` rounded up to a multiple of ALIGNMENT."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def check_split(shape: ModelShape, split: Split) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-ALIGNMENT = 256  # bytes; what cudaMalloc guarantees and vectorised kernels expect
+from sidp_sgl.weightpool.alignment import align
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,6 @@ class BlockLayout:
             for t in values["tensors"]
         )
         return cls(tuple(specs), values["num_bytes"])
-
-
-def align(num_bytes: int) -> int:
-    """`num_bytes` rounded up to a multiple of 256."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def make_layout(tensors: Iterable[tuple[str, torch.Tensor]]) -> BlockLayout:

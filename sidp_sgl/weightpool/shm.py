@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sidp_sgl.weightpool import shm_memory
-from sidp_sgl.weightpool.layout import ALIGNMENT
+from sidp_sgl.weightpool.alignment import ALIGNMENT
 from sidp_sgl.weightpool.shm_port import NUM_WORDS, OwnerPort
 from sidp_sgl.weightpool.transport import (
     WAIT_SECONDS,

@@ -1,10 +1,12 @@
-"""How much memory a rank sets aside for rows: those that others send, and its own results."""
+"""How much memory a rank sets aside for rows: those that others send, and its own results.
 
-from collections.abc import Sequence
+Needs no torch: the planner counts with it as well.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sidp_sgl.weightpool.layout import align
-from sidp_sgl.weightpool.pooled_unit import PooledUnit
+from sidp_sgl.weightpool.alignment import align
 
 ROWS_PER_RANK = 64  # of one step; where batches are larger, streaming weights is cheaper
 
@@ -32,10 +34,11 @@ def capacity_rows(num_ranks: int) -> int:
     return (num_ranks - 1) * ROWS_PER_RANK
 
 
-def make_staging(units: Sequence[PooledUnit], num_ranks: int) -> Staging:
-    """The same on every rank of a group."""
-    incoming = max((unit.row_bytes[0] for unit in units), default=0)
-    outgoing = max((unit.row_bytes[1] for unit in units), default=0)
+def make_staging(row_bytes: Iterable[tuple[int, int]], num_ranks: int) -> Staging:
+    """For units with rows of these sizes in bytes, of input and result; the same on every rank."""
+    sizes = list(row_bytes)
+    incoming = max((size[0] for size in sizes), default=0)
+    outgoing = max((size[1] for size in sizes), default=0)
     return Staging(
         capacity_rows=capacity_rows(num_ranks),
         row_bytes=align(incoming),

@@ -63,7 +63,7 @@ def compute_groups(
     start: bool = True,
 ) -> Iterator[list[ComputeGroup]]:
     """Every rank's part in CaS; with `start`, their services run."""
-    staging = make_staging(units, num_ranks)
+    staging = make_staging((unit.row_bytes for unit in units), num_ranks)
     with connected_calls(num_ranks, staging) as ends:
         groups = [
             ComputeGroup(

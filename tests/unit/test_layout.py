@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.weightpool.layout import ALIGNMENT, BlockLayout, make_layout
+from sidp_sgl.weightpool.alignment import ALIGNMENT
+from sidp_sgl.weightpool.layout import BlockLayout, make_layout
 
 DTYPES = [torch.bfloat16, torch.float32, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.bool]
 

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from sidp_sgl.planner.candidates import deployments
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.gpus import GPUS
-from sidp_sgl.planner.group_times import CAS_ROWS, GroupTimes, Pooling
+from sidp_sgl.planner.group_times import GroupTimes, Pooling
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import ModelShape, load_model
 from sidp_sgl.planner.prefetch_factor import LOADS, Prefetch, was_factor
 from sidp_sgl.planner.time_model import RankTimes, Work, experts_share
 from sidp_sgl.planner.weights import Split
+from sidp_sgl.weightpool.staging import ROWS_PER_RANK
 
 MODELS = ["Qwen3-8B", "Qwen3-32B", "Llama-3.1-70B", "Qwen3-30B-A3B"]
 models = st.sampled_from(MODELS).map(load_model)
@@ -120,7 +121,7 @@ def test_bounds_of_a_group_s_step(
     threshold = group.threshold(context, 4096)
     auto = group.decode_seconds("auto", batch, context, threshold)
     assert auto in (was, times[-1])
-    if batch > CAS_ROWS:
+    if batch > ROWS_PER_RANK:
         assert auto == was == group.decode_seconds("cas", batch, context, threshold)
 
 

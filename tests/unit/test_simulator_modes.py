@@ -4,7 +4,6 @@ import pytest
 
 from sidp_sgl.planner.deployment import SIDP, Deployment, Node
 from sidp_sgl.planner.gpus import find_gpu
-from sidp_sgl.planner.group_times import CAS_ROWS
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import load_model
 from sidp_sgl.planner.simulator import Settings, simulate
@@ -12,6 +11,7 @@ from sidp_sgl.planner.simulator.costs import StepCosts
 from sidp_sgl.planner.simulator.modes import RankModes, Service
 from sidp_sgl.planner.time_model import Work
 from sidp_sgl.scheduler.mode_policy import CAS, DWELL_STEPS, WAS
+from sidp_sgl.weightpool.staging import ROWS_PER_RANK
 from tests.unit.simulated import request, requests_of, sidp
 
 
@@ -69,7 +69,7 @@ def test_a_job_ends_in_cas_and_is_faster_for_it() -> None:
 
 def test_cas_never_sends_more_rows_than_staging_holds() -> None:
     block = sidp(100, 2).group.blocks[0]
-    requests = [request(n, 5, 4) for n in range(2 * (CAS_ROWS + 1))]
+    requests = [request(n, 5, 4) for n in range(2 * (ROWS_PER_RANK + 1))]
     report = simulate(sidp(3000, 2, "cas", link=block), requests)
     assert report.steps(CAS) == 0 and report.steps(WAS) == 2 * 3
     report = simulate(sidp(3000, 2, "cas", link=block), requests[:-2])

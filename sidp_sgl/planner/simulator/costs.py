@@ -5,9 +5,9 @@ the KV tokens it reads: the first is remembered, the second is a product.
 """
 
 from sidp_sgl.planner.deployment import DP_ATTENTION, SHARDED_GPU, SIDP, Deployment
-from sidp_sgl.planner.group_times import CAS_ROWS
 from sidp_sgl.planner.time_model import Work
 from sidp_sgl.scheduler.step_times import StepTimes
+from sidp_sgl.weightpool.staging import ROWS_PER_RANK
 
 CALIBRATION_CONTEXT = 128  # tokens, as in sglang_hooks/calibration.py
 _MANY = 1e6  # tokens; any number will do
@@ -79,6 +79,6 @@ class StepCosts:
 
     def calibrated(self) -> StepTimes:
         """What the engine measures when it starts."""
-        sizes = [2**n for n in range(CAS_ROWS.bit_length())]
+        sizes = [2**n for n in range(ROWS_PER_RANK.bit_length())]
         measured = {size: self.decode(size, size * CALIBRATION_CONTEXT) for size in sizes}
         return StepTimes(self.fetch_seconds, measured)

@@ -6,13 +6,13 @@ Room: planner; pure, but for what `scheduler` imports. Only the messages between
 from collections.abc import Mapping
 from typing import cast
 
-from sidp_sgl.planner.group_times import CAS_ROWS
 from sidp_sgl.planner.simulator.costs import StepCosts
 from sidp_sgl.scheduler.control import SchedulerControl
 from sidp_sgl.scheduler.mode_policy import CAS, WAS, ModePolicy
 from sidp_sgl.scheduler.rank_control import SERVICE_LIMIT
 from sidp_sgl.scheduler.service_share import ServiceShare, decline_reason
 from sidp_sgl.scheduler.step_modes import StepModes
+from sidp_sgl.weightpool.staging import ROWS_PER_RANK
 
 
 class Service:
@@ -57,7 +57,7 @@ class Service:
 class _Answers:
     """In the place of SchedulerControl: owners answer at once, and no message is lost.
 
-    Staging rows can't run out, for every rank may lease CAS_ROWS and asks for no more."""
+    Staging rows can't run out, for every rank may lease ROWS_PER_RANK and asks for no more."""
 
     def __init__(self, service: Service, rank: int) -> None:
         self.now = 0.0
@@ -86,7 +86,7 @@ class RankModes:
         self._answers = _Answers(service, rank)
         self.policy = ModePolicy(mode)
         control = cast(SchedulerControl, self._answers)
-        self._modes = StepModes(self.policy, control, CAS_ROWS, threshold)
+        self._modes = StepModes(self.policy, control, ROWS_PER_RANK, threshold)
         self._times = self._modes.times = costs.calibrated()
         self._begun: tuple[str, int, float] | None = None  # mode, batch, compute of the last step
 
