@@ -1,0 +1,164 @@
+"""What the paper reports (SiDP, arXiv 2605.28095), and what the model says to it, figure by figure.
+
+`modelled` has the model's values for one of MACHINES; several where a figure covers several
+models or GPUs. Nothing is tuned for any figure.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from bench.paper_jobs import (
+    GPUS,
+    MACHINES,
+    MODELS,
+    Case,
+    best_at_equal_split,
+    best_over_best,
+    run,
+)
+from bench.paper_reasons import REASONS
+from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
+from sidp_sgl.planner.models import load_model
+from sidp_sgl.planner.simulator.layers import layered_step
+from sidp_sgl.planner.time_model import Work
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """`low` to `high` is reported; agreement is a median within `band` of it."""
+
+    figure: str
+    what: str
+    low: float
+    high: float
+    band: float
+    modelled: Callable[[str], Sequence[float]]
+    why: str  # what would explain the rest
+
+    def agrees(self, values: Sequence[float]) -> bool:
+        return self.low * (1 - self.band) <= median(values) <= self.high * (1 + self.band)
+
+
+def _deployment(
+    machine: str, model: str, gpu: str, kind: str, tp: int, dp: int, order: str = "ticketed"
+) -> Deployment:
+    node = Node(load_model(model), MACHINES[machine](gpu), tp * dp, order=order)
+    return Deployment(node, kind, tp, dp, "auto" if kind == SIDP else "")
+
+
+def kv_ratio(models: Sequence[str], tp: int, dp: int) -> Callable[[str], list[float]]:
+    """Fig. 5."""
+
+    def values(machine: str) -> list[float]:
+        def tokens(model: str, kind: str) -> int:
+            return _deployment(machine, model, "H20", kind, tp, dp).kv_tokens()
+
+        return [tokens(model, SIDP) / tokens(model, REPLICAS) for model in models]
+
+    return values
+
+
+def kv_tokens(machine: str) -> list[float]:
+    """Fig. 5: millions of tokens where plain DP does not fit."""
+    models = ("Qwen2.5-72B", "Llama-3.1-70B")
+    return [8 * _deployment(machine, m, "H20", SIDP, 1, 8).kv_tokens() / 1e6 for m in models]
+
+
+def peak_shifting(dp: int, jitter: float) -> Callable[[str], list[float]]:
+    """Fig. 10: a step in layer order over one in shifted order, layer by layer; d - 1 slots."""
+
+    def values(machine: str) -> list[float]:
+        seconds = []
+        for order in ("sequential", "shifted"):
+            group = _deployment(machine, "Qwen3-32B", "H20", SIDP, 1, dp, order)
+            group = replace(group, node=replace(group.node, slots=dp - 1))
+            work = Work.decode(group.batch(1024), 1024)
+            seconds.append(layered_step(group, work, jitter).slowest_rank)
+        return [seconds[0] / seconds[1]]
+
+    return values
+
+
+def iteration(batches: Sequence[int], above: str, below: str) -> Callable[[str], list[float]]:
+    """Fig. 11: Llama-3.1-70B, H20, TP2/DP2; ratio of two kinds of step."""
+
+    def values(machine: str) -> list[float]:
+        group = _deployment(machine, "Llama-3.1-70B", "H20", SIDP, 2, 2).group
+        kinds = {
+            "plain": group.rank.compute_seconds,
+            "was": group.was_seconds,
+            "cas": group.cas_seconds,
+        }
+        works = [Work.decode(batch, 1024) for batch in batches]
+        return [kinds[above](work) / kinds[below](work) for work in works]
+
+    return values
+
+
+LENGTHS = ((1024, 1.0, 1.0), (2048, 1.0, 1.5), (4096, 1.3, 1.5))  # 2K: between the others
+Gain = Callable[[Case], float]
+
+
+def throughput(
+    gpu: str, sequence: int, gain: Gain, fraction: float
+) -> Callable[[str], list[float]]:
+    """Figs 6 to 8 and 12."""
+
+    def values(machine: str) -> list[float]:
+        return [gain(Case(machine, gpu, model, sequence, fraction)) for model in MODELS]
+
+    return values
+
+
+TAIL = Case("engine", "H20", "Qwen3-32B", 4096)  # the only model that plain DP8 has room for
+
+
+def tail(case: Case, mode: str) -> float:
+    """Fig. 13."""
+    plain = run(case, REPLICAS, 1).tokens_per_second
+    return run(case, SIDP, 1, mode).tokens_per_second / plain
+
+
+def was_share(case: Case) -> float:
+    """Fig. 15: share of WaS among the decode steps of Fig. 13's job."""
+    report = run(case, SIDP, 1, "auto")
+    return report.steps("was") / (report.steps("was") + report.steps("cas"))
+
+
+def of_tail(value: Callable[..., float], *args: str) -> Callable[[str], list[float]]:
+    return lambda machine: [value(replace(TAIL, machine=machine), *args)]
+
+
+def anchors(gpus: Sequence[str] = GPUS) -> list[Anchor]:
+    found: list[Anchor] = []
+
+    def add(key: str, what: str, low: float, high: float, band: float, modelled: Callable) -> None:
+        found.append(Anchor(f"Fig. {key}", what, low, high, band, modelled, REASONS[key]))
+
+    large = ("Llama-3.1-70B", "Qwen2.5-72B")
+    add("5", "KV, SiDP over replicas, TP2/DP4, 70B and 72B", 1.7, 1.7, 0.1, kv_ratio(large, 2, 4))
+    add("5", "the same, TP4/DP2, Qwen3-32B", 1.05, 1.05, 0.1, kv_ratio(["Qwen3-32B"], 4, 2))
+    add("5", "KV of SiDP TP1/DP8, 70B and 72B (M tokens)", 1.0, 1.0, 0.1, kv_tokens)
+    gains = ((best_over_best, "best splits"), (best_at_equal_split, "equal split"))
+    for gain, how in gains:
+        for gpu in gpus:
+            for length, low, high in LENGTHS:
+                what = f"throughput, {gpu}, S = {length // 1024}K, {how}"
+                add("6–8", what, low, high, 0.1, throughput(gpu, length, gain, 0.9))
+    for dp, reported in ((4, 2.5), (8, 3.4)):
+        for jitter, ranks in ((0.0, "in lock-step"), (0.05, "5 % jitter")):
+            what = f"peak shifting, gain at DP{dp}, ranks {ranks}"
+            add("10", what, reported, reported, 0.25, peak_shifting(dp, jitter))
+    was_cas = iteration((1, 2, 4, 8, 16, 32), "cas", "was")
+    add("11", "step, CaS over WaS, B ≤ 32 (far below 1)", 0.0, 0.7, 0.0, was_cas)
+    add("11", "step, WaS over plain, B = 128", 1.0, 1.0, 0.1, iteration((128,), "was", "plain"))
+    add("11", "step, SiDP over plain, B = 1", 1.12, 1.12, 0.1, iteration((1,), "cas", "plain"))
+    for gain, how in gains:
+        for length, _, _ in LENGTHS:
+            what = f"memory fraction 0.6, H200, S = {length // 1024}K, {how}"
+            add("12", what, 1.24, 1.51, 0.1, throughput("H200", length, gain, 0.6))
+    add("13", "throughput, WaS only over plain, DP8, S = 4K", 1.07, 1.09, 0.1, of_tail(tail, "was"))
+    add("13", "throughput, WaS + CaS over plain", 1.27, 1.32, 0.1, of_tail(tail, "auto"))
+    add("15", "share of WaS among decode steps", 0.9, 1.0, 0.0, of_tail(was_share))
+    return found
