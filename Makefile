@@ -30,11 +30,9 @@ e2e: install
 soak: install
 	PYTHONWARNINGS=ignore $(PYTHON) -m tests.soak.soak --minutes 10 --seed 0
 
+# All that the machine allows, about forty minutes; writes bench/results and docs/benchmarks.md.
 bench: install
-	PYTHONWARNINGS=ignore $(PYTHON) -m bench.prefetch_order
-	PYTHONWARNINGS=ignore $(PYTHON) -m bench.was_throughput
-	PYTHONWARNINGS=ignore $(PYTHON) -m bench.iteration_time
-	PYTHONWARNINGS=ignore $(PYTHON) -m bench.tail
+	PYTHONWARNINGS=ignore $(PYTHON) -m bench.suite
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -57,8 +57,13 @@ def hardware() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_average": [round(load, 2) for load in os.getloadavg()],  # 1, 5 and 15 minutes
-        "gpus": _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+        "gpus": gpus(),
     }
+
+
+def gpus() -> list[str]:
+    """Name and driver of every NVIDIA GPU."""
+    return _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
 
 
 def software() -> dict[str, Any]:

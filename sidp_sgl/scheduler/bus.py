@@ -68,6 +68,7 @@ class Outbox:
     """Sends to several addresses, each under a key of the caller's."""
 
     def __init__(self, addresses: Mapping[int, str]) -> None:
+        self.sent = 0
         self.dropped = 0
         self._sockets = {key: self._connect(address) for key, address in addresses.items()}
 
@@ -89,6 +90,7 @@ class Outbox:
     def send_bytes(self, key: int, data: bytes) -> None:
         try:
             self._sockets[key].send(data, zmq.NOBLOCK)
+            self.sent += 1
         except zmq.Again:
             self.dropped += 1
 

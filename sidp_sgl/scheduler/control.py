@@ -53,6 +53,11 @@ class ControlThread:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def sent(self) -> int:
+        """Answers to the other ranks."""
+        return self._answers.sent
+
     def _run(self) -> None:
         while not self._stopped:
             message = self.inbox.receive(_POLL_SECONDS)
@@ -87,6 +92,11 @@ class SchedulerControl:
         self._outbox = bus.Outbox({**peers, _CONTROLLER: bus.controller_address(directory)})
         self._published: RankState | None = None
         self._published_at = 0.0
+
+    @property
+    def sent(self) -> int:
+        """Messages to other ranks and the controller."""
+        return self._outbox.sent
 
     @property
     def dropped(self) -> int:

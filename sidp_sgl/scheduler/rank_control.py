@@ -86,6 +86,7 @@ class RankControl:
             "silent": control.silences,
             "stale": negotiation.stale,
             "declines_given": dict(self.thread.declines),
+            "sent_messages": control.sent + self.thread.sent,
             "dropped_messages": control.dropped,
             "malformed_messages": control.malformed + self.thread.inbox.malformed,
             "negotiation_seconds": control.wait_seconds,

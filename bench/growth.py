@@ -1,0 +1,121 @@
+"""How cost grows with the ranks of a group, on engines: d = 2, 4, 8 on the cores that there are.
+
+Plain DP and SiDP are up at once; all ranks decode the same batch. A small batch is below the given
+threshold (CaS), a large one above it (WaS). The link is not paced and KV is plentiful: what SiDP
+takes here beyond plain DP is its overhead.
+"""
+
+import argparse
+import time
+from typing import Any
+
+from bench.constant_batch import ENVIRONMENT, KEYWORDS, run_steps
+from bench.demo_job import CHECKPOINT
+from bench.record import record, spread
+from bench.side import Side
+from bench.tables import plain
+
+BATCHES = {"cas": 2, "was": 16}  # of every rank
+THRESHOLD = 8
+IDLE_SECONDS = 3.0
+HEADS = [
+    "d",
+    "start plain DP (s)",
+    "start SiDP (s)",
+    "CaS step over plain",
+    "WaS step over plain",
+    "messages/s per rank, CaS",
+    "in WaS",
+    "idle",
+]
+
+
+def started(name: str, dp_size: int, **keywords: Any) -> tuple[Side, float]:
+    """An engine, and the seconds from its process's start until it takes requests."""
+    begun = time.perf_counter()
+    common = {"model_path": str(CHECKPOINT), "skip_tokenizer_init": True, **KEYWORDS}
+    environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": "64MB"}
+    side = Side(name, environment, {**common, "dp_size": dp_size, **keywords})
+    return side.__enter__(), time.perf_counter() - begun
+
+
+def messages(side: Side) -> int:
+    """Control messages that all ranks have sent so far."""
+    return sum(state["sidp"]["cas"]["sent_messages"] for state in side.states())
+
+
+def measure(dp_size: int, args: argparse.Namespace) -> dict[str, Any]:
+    ranks = list(range(dp_size))
+    plain_dp, plain_seconds = started("plain DP", dp_size)
+    sidp, sidp_seconds = started("SiDP", dp_size, sidp=True, sidp_batch_threshold=THRESHOLD)
+    try:
+        found: dict[str, Any] = {
+            "dp_size": dp_size,
+            "start_seconds": {"plain": plain_seconds, "sidp": sidp_seconds},
+        }
+        for mode, batch in BATCHES.items():
+            found[mode] = at_batch(plain_dp, sidp, mode, batch, ranks, args)
+        before, begun = messages(sidp), time.perf_counter()
+        time.sleep(IDLE_SECONDS)
+        after = messages(sidp)
+        found["idle_messages_per_second"] = (after - before) / (time.perf_counter() - begun)
+        return found
+    finally:
+        plain_dp.__exit__()
+        sidp.__exit__()
+
+
+def at_batch(
+    plain_dp: Side, sidp: Side, mode: str, batch: int, ranks: list[int], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Alternating repeats; times of a step in milliseconds, messages per second and rank."""
+    times: dict[str, list[float]] = {"plain": [], "sidp": []}
+    rates, shares = [], []
+    for repeat in range(args.repeats + 1):
+        plain_steps = run_steps(plain_dp, batch, args.steps, ranks, args.seed + repeat)
+        before, begun = messages(sidp), time.perf_counter()
+        steps = run_steps(sidp, batch, args.steps, ranks, args.seed + repeat)
+        seconds = time.perf_counter() - begun
+        if repeat == 0:
+            continue  # warm-up
+        times["plain"].append(plain_steps.seconds * 1e3)
+        times["sidp"].append(steps.seconds * 1e3)
+        rates.append((messages(sidp) - before) / seconds / len(ranks))
+        shares.append(steps.cas_share)
+    assert min(shares) > 0.5 if mode == "cas" else max(shares) == 0, (mode, shares)
+    ratios = [b / a for a, b in zip(times["plain"], times["sidp"], strict=True)]
+    return {
+        "batch": batch,
+        "step_ms": {name: spread(values) for name, values in times.items()},
+        "over_plain": spread(ratios),
+        "messages_per_second_per_rank": spread(rates),
+        "cas_share": spread(shares),
+    }
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    ratios = (row[mode]["over_plain"] for mode in BATCHES)
+    return [
+        str(row["dp_size"]),
+        *(f"{row['start_seconds'][side]:.0f}" for side in ("plain", "sidp")),
+        *(f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" for r in ratios),
+        *(f"{row[mode]['messages_per_second_per_rank']['median']:.0f}" for mode in BATCHES),
+        f"{row['idle_messages_per_second']:.0f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dp-sizes", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--steps", type=int, default=32, help="decode steps of a run")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rows = [measure(dp_size, args) for dp_size in args.dp_sizes]
+    name = "growth" if args.dp_sizes == [2, 4, 8] else "growth_quick"
+    record(name, {"arguments": vars(args), "threshold": THRESHOLD, "rows": rows})
+    print(plain(HEADS, [cells(row) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
