@@ -15,6 +15,7 @@ from sidp_sgl.weightpool.alignment import align
 POOLS = ("none", "ffn", "linear")
 _VOCAB_PADDING = 64  # rows; SGLang's DEFAULT_VOCAB_PADDING_SIZE
 _BYTES = {"bf16": 2, "fp8": 1}
+_ROTARY_BYTES = 4  # on GPUs SGLang keeps the table in FP32, on CPUs in the model's 16 bits
 
 
 class Gemm(NamedTuple):
@@ -73,7 +74,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class PartBytes:
-    """Weights of one GPU in bytes, by part."""
+    """Weights of one GPU in bytes, by part, and the table of rotary embeddings beside them."""
 
     embedding: int
     lm_head: int
@@ -82,6 +83,7 @@ class PartBytes:
     experts: int
     router: int
     norms: int
+    rotary: int
 
     @property
     def total(self) -> int:
@@ -159,6 +161,7 @@ def part_bytes(shape: ModelShape, split: Split) -> PartBytes:
         experts=experts,
         router=router,
         norms=2 * norms,
+        rotary=_ROTARY_BYTES * shape.max_position * shape.head_dim,
     )
 
 

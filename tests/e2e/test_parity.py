@@ -7,12 +7,17 @@ fetches happened and that placeholders stayed empty, so that equality can't come
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
+from sidp_sgl.planner.gpus import find_gpu
+from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.memory import RankMemory, kv_bytes_per_token
+from sidp_sgl.planner.models import load_model
 from tests.support.checkpoints import write_checkpoint
 from tests.support.engines import Answer, answer, engine, statuses
 
@@ -150,12 +155,31 @@ def check_capacity(plain: Plain, after: list[dict]) -> None:
     per_token = kv_bytes_per_token(
         config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"], 2
     )
+    planned = {kind: planned_kv_tokens(plain, after[0], kind) for kind in (REPLICAS, SIDP)}
+    assert plain.kv_tokens == pytest.approx(planned[REPLICAS], rel=0.01)
+    fullest = min(status["kv_capacity_tokens"] for status in after)
+    assert fullest == pytest.approx(planned[SIDP], rel=0.01)
     for status in after:
         fields = ("replicated_bytes", "pooled_bytes", "owned_bytes", "cache_bytes", "staging_bytes")
         memory = RankMemory(16 << 20, 0.9, **{name: status[name] for name in fields})
         assert status["kv_capacity_tokens"] == pytest.approx(memory.kv_tokens(per_token), rel=0.001)
         full = RankMemory(16 << 20, 0.9, status["replicated_bytes"], status["pooled_bytes"])
         assert plain.kv_tokens == pytest.approx(full.kv_tokens(per_token), rel=0.001)
+
+
+def planned_kv_tokens(plain: Plain, status: dict, kind: str) -> int:
+    """What the planner has to say, from the checkpoint's config.json and the settings alone."""
+    node = Node(
+        load_model(str(plain.folder)),
+        replace(Machine.from_gpu(find_gpu("H200")), memory_bytes=16 << 20),
+        status["dp_size"],
+        pool=status["pool"],
+        slots=status["cache_slots"],
+        order=status["prefetch_order"],
+        placement=status["placement"],
+    )
+    mode = "was" if status["staging_bytes"] == 0 else "auto"
+    return Deployment(node, kind, 1, status["dp_size"], mode if kind == SIDP else "").kv_tokens()
 
 
 def check_checkpoint_bytes(case: Case, plain: Plain, after: list[dict]) -> None:
