@@ -91,6 +91,10 @@ class GroupTimes:
 
     def streamed_seconds(self, compute: float) -> float:
         """A step of `compute` seconds that streams weights meanwhile."""
+        # While a fetch is under way it takes a share of the compute: all the time, or as long as
+        # the fetches of a step last.
+        share = self.rank.machine.copy_share
+        compute = min(compute / (1 - share), compute + share * self.fetch_seconds)
         return compute * was_factor(self._prefetch, self.fetch_seconds / compute)
 
     def cas_seconds(self, work: Work, active_ranks: float | None = None) -> float:
@@ -118,6 +122,7 @@ class GroupTimes:
         return (
             rank.projection_seconds(layer, all_rows if linear else work.rows)
             + rank.attention_seconds(work)
+            + rank.request_seconds(work)
             + rank.other_seconds(work.rows)
             + rank.ffn_seconds(layer, all_rows)
             + rank.ffn_collective_seconds(all_rows)
@@ -131,7 +136,8 @@ class GroupTimes:
         widths = [2 * hidden]
         if self.pooling.pool == "linear":
             widths += [sum(weights.qkv[:2]), sum(weights.o[:2])]
-        return 2 * rows * sum(widths) / self.rank.machine.link_bandwidth
+        machine = self.rank.machine
+        return 2 * rows * sum(widths) / (machine.row_bandwidth or machine.link_bandwidth)
 
     def hiding_batch(self, context: float, max_batch: int) -> int:
         """The smallest batch whose compute hides the fetches; `max_batch` + 1 where none does."""
@@ -156,6 +162,13 @@ class GroupTimes:
     def _threshold(self, seconds: Callable[[int], float], max_batch: int) -> int:
         measured = {batch: seconds(batch) for batch in _sizes(max_batch)}
         return StepTimes(self.fetch_seconds, measured).threshold(max_batch)
+
+    def step_times(self, context: float, max_batch: int) -> StepTimes:
+        """What a rank of the engine measures when it starts, at batch sizes 1, 2, 4, …"""
+        sizes = [2**n for n in range(max_batch.bit_length())]
+        work = {size: Work.decode(size, context) for size in sizes}
+        compute = {size: self.rank.compute_seconds(work[size]) for size in sizes}
+        return StepTimes(self.fetch_seconds, compute)
 
     def runs(self, mode: str, batch: int, threshold: int) -> str:
         """What a step of `batch` is in `--sidp-mode` `mode`, in the long run."""

@@ -5,7 +5,7 @@ calibration file replaces them by what was measured on the machine at hand.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from sidp_sgl.config import SidpUsageError
@@ -22,6 +22,7 @@ COPY_SECONDS = 10e-6  # of a fetch, beyond its bytes
 ROUND_TRIP_SECONDS = 20e-6  # of a remote unit, beyond its rows and its GEMM
 STEP_SECONDS = 1e-3  # sampling, and the scheduler where the overlap does not hide it
 RESERVED_BYTES = 1 << 30  # CUDA context and communication buffers
+_MOST = float("inf")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Machine:
     copy_seconds: float
     round_trip_seconds: float
     step_seconds: float
+    # What only some machines have; nothing of it is assumed of a GPU that was not measured.
+    request_seconds: float = 0.0  # of a step, for each request: sampling, bookkeeping
+    attention_request_seconds: float = 0.0  # of a layer, for each request, beyond its bytes
+    row_bandwidth: float = 0.0  # of rows sent in CaS, which no pace slows down; 0: the link's
+    copy_share: float = 0.0  # of the compute's time, lost while a fetch is under way
 
     @classmethod
     def from_gpu(cls, gpu: Gpu) -> "Machine":
@@ -62,10 +68,10 @@ class Machine:
         )
 
     @classmethod
-    def from_json(cls, path: str | Path) -> "Machine":
+    def from_json(cls, path: str | Path, flag: str = "--calibration") -> "Machine":
         """From a calibration file, which has this class's fields under "machine".
 
-        Raises SidpUsageError in one line.
+        Raises SidpUsageError in one line, which names the `flag`.
         """
         try:
             content = json.loads(Path(path).read_text())
@@ -73,16 +79,14 @@ class Machine:
             machine = cls(**values)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SidpUsageError(
-                f"--calibration {path} is no calibration file ({error}): write one with "
-                "sidp-sgl calibrate"
+                f"{flag} {path} is no calibration file ({error}): write one with sidp-sgl calibrate"
             ) from error
         for field in fields(cls)[1:]:
             value = getattr(machine, field.name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            at_least_zero = field.name.endswith("seconds")
-            if not is_number or value < 0 or (value == 0 and not at_least_zero):
+            may_be_zero = field.name.endswith("seconds") or field.default is not MISSING
+            if not _is_in_range(value, may_be_zero, 1.0 if field.name == "copy_share" else _MOST):
                 raise SidpUsageError(
-                    f"--calibration {path}: {field.name} {value!r} is out of range: measure again "
+                    f"{flag} {path}: {field.name} {value!r} is out of range: measure again "
                     "with sidp-sgl calibrate"
                 )
         return machine
@@ -93,3 +97,9 @@ class Machine:
 
     def flops(self, dtype: str) -> float:
         return self.fp8_flops if dtype == "fp8" else self.bf16_flops
+
+
+def _is_in_range(value: object, may_be_zero: bool, most: float) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value < most or (value == 0 and may_be_zero)

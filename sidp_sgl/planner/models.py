@@ -66,8 +66,13 @@ def built_in_names() -> list[str]:
 
 
 def load_model(model: str, dtype: str | None = None) -> ModelShape:
-    """`model`: a built-in name (in any case, with or without its organisation), a config.json or
-    its folder. `dtype` overrides the config's. Raises SidpUsageError in one line."""
+    """As `read_config`; `dtype` overrides the config's. Raises SidpUsageError in one line."""
+    return shape_from_config(*read_config(model), dtype)
+
+
+def read_config(model: str) -> tuple[dict[str, Any], str]:
+    """Values and name of a config. `model`: a built-in name (in any case, with or without its
+    organisation), a config.json or its folder. Raises SidpUsageError in one line."""
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
@@ -88,8 +93,7 @@ def load_model(model: str, dtype: str | None = None) -> ModelShape:
         ) from error
     if not isinstance(config, dict):
         raise SidpUsageError(f"MODEL {model!r}: {path} holds no JSON object: give a config.json")
-    name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return shape_from_config(config, name, dtype)
+    return config, path.resolve().parent.name if path.name == "config.json" else path.stem
 
 
 def shape_from_config(config: dict[str, Any], name: str, dtype: str | None = None) -> ModelShape:

@@ -104,6 +104,10 @@ class RankTimes:
             4 * work.scores * width / machine.bf16_flops,
         )
 
+    def request_seconds(self, work: Work) -> float:
+        """Of one layer, for requests as such: CPUs attend to one after another."""
+        return self.machine.attention_request_seconds * work.sampled
+
     def ffn_seconds(self, layer: int, rows: float) -> float:
         """FFN or experts (with router), of one layer, for `rows` rows in all."""
         weights, dtype, machine = self.weights(layer), self.shape.dtype, self.machine
@@ -146,6 +150,7 @@ class RankTimes:
         return (
             self.projection_seconds(layer, work.rows)
             + self.attention_seconds(work)
+            + self.request_seconds(work)
             + self.other_seconds(work.rows)
             + self.ffn_seconds(layer, ffn_rows)
             + self.ffn_collective_seconds(ffn_rows)
@@ -157,7 +162,8 @@ class RankTimes:
         vocab = padded_vocab(self.shape.vocab_size, self.split.lm_head) // self.split.lm_head
         head = gemm_seconds(self.machine, Gemm(self.shape.hidden_size, vocab), rows, "bf16")
         gather = rows * vocab * (self.split.lm_head - 1) * _ACTIVATION / self.machine.link_bandwidth
-        return self.machine.step_seconds + head + gather
+        requests = self.machine.request_seconds * work.sampled
+        return self.machine.step_seconds + requests + head + gather
 
     def compute_seconds(self, work: Work) -> float:
         """The whole step, with all weights at hand."""
