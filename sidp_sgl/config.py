@@ -78,6 +78,14 @@ class SidpConfig:
             metavar="X",
         ),
     )
+    sidp_calibration: str | None = field(
+        default=None,
+        metadata=_flag(
+            "File written by sidp-sgl calibrate: mode auto begins with the threshold that follows "
+            "from it, instead of measuring at start.",
+            metavar="FILE",
+        ),
+    )
     group: str = ""
 
     @classmethod
@@ -121,7 +129,23 @@ class SidpConfig:
                 raise SidpUsageError(
                     f"{flag_name(changed[0])} has no effect without --sidp: add it"
                 )
+        self._check_calibration(threshold)
         return replace(self, sidp_batch_threshold=threshold)
+
+    def _check_calibration(self, threshold: int | str) -> None:
+        if self.sidp_calibration is None:
+            return
+        flag, fixed = "--sidp-calibration", None
+        if self.sidp_mode != "auto":
+            fixed = f"--sidp-mode {self.sidp_mode}"
+        elif threshold != "auto":
+            fixed = f"--sidp-batch-threshold {threshold}"
+        if fixed:
+            raise SidpUsageError(f"{flag} has no effect with {fixed}: leave one of them out")
+        # Not above: this module is what the planner's import.
+        from sidp_sgl.planner.machine import Machine
+
+        Machine.from_json(self.sidp_calibration, flag)
 
     def with_group(self, group: str) -> "SidpConfig":
         return replace(self, group=group)

@@ -22,6 +22,7 @@ from sidp_sgl.sglang_hooks import arguments, cpu_memory, failures, refusals, rep
 from sidp_sgl.sglang_hooks.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.modes import ModeHooks
 from sidp_sgl.sglang_hooks.offloader import PoolOffloader
+from sidp_sgl.sglang_hooks.planned_times import planned_times
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.status import StatusHooks
 from sidp_sgl.weightpool.compute_group import ComputeGroup
@@ -108,7 +109,8 @@ class Rank:
         self.execution = UnitExecution(self.pool)
         self.offloader = PoolOffloader(self.pool, config.sidp_pool, self._meet_peers)
         self.reader = CheckpointReader(self.offloader.is_placeholder)
-        self.modes = ModeHooks(self.control, self.pool, self.execution)
+        planned = planned_times(config, self.model_config.hf_config, self.dp_size)
+        self.modes = ModeHooks(self.control, self.pool, self.execution, planned)
 
     def start(self) -> None:
         self.control.start()

@@ -11,6 +11,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sidp_sgl.scheduler.mode_policy import CAS, WAS
 from sidp_sgl.scheduler.rank_control import RankControl
 from sidp_sgl.scheduler.state import RankState
+from sidp_sgl.scheduler.step_times import StepTimes
 from sidp_sgl.sglang_hooks.calibration import calibrate
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.execution import UnitExecution
@@ -30,14 +31,21 @@ class _Begun(NamedTuple):
 
 
 class ModeHooks:
-    """In a rank's scheduler."""
+    """In a rank's scheduler. `planned_times`, where given, stand for measuring at start."""
 
-    def __init__(self, control: RankControl, pool: WeightPool, execution: UnitExecution) -> None:
+    def __init__(
+        self,
+        control: RankControl,
+        pool: WeightPool,
+        execution: UnitExecution,
+        planned_times: StepTimes | None = None,
+    ) -> None:
         self.state = RankState(pool.rank, 0, 0, 0, 0, 0, 0.0, WAS)
         self._control = control
         self._modes = control.modes
         self._pool = pool
         self._execution = execution
+        self._planned_times = planned_times
         self._last: _Begun | None = None
         self._step_seconds = 0.0
 
@@ -49,7 +57,9 @@ class ModeHooks:
         ]
 
     def _calibrate(self, _: Any, scheduler: Any, *__: Any, **___: Any) -> None:
-        if self._execution.remote is not None:
+        if self._planned_times is not None:
+            self._modes.times = self._planned_times
+        elif self._execution.remote is not None:
             self._modes.times = calibrate(scheduler, self._pool, self._execution, ROWS_PER_RANK)
 
     def _run_batch(self, original: Any, scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:

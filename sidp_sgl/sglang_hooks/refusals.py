@@ -17,6 +17,7 @@ from sglang.srt.runtime_context import get_context
 
 from sidp_sgl.config import SidpConfig, SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
+from sidp_sgl.sglang_hooks.planned_times import planned_times
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.schedule import default_slots, shifted_slots
@@ -135,6 +136,7 @@ def check_model(server_args: Any, config: SidpConfig) -> None:
             "unquantised checkpoint, or drop --sidp"
         )
     check_slots(config, model_config.num_hidden_layers, cfg.dp_size)
+    planned_times(config, model_config.hf_config, cfg.dp_size)
     warn_of_no_gain(config, model_config.num_hidden_layers, cfg.dp_size)
 
 
