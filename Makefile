@@ -22,6 +22,7 @@ test: unit e2e
 
 unit: install
 	$(PYTHON) -m pytest tests/unit
+	$(PYTHON) -m pytest tests/kernels
 
 e2e: install
 	$(PYTHON) -m pytest tests/e2e
