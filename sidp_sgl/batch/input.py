@@ -1,0 +1,122 @@
+"""The input file, read twice: once to check every line, once to run what is not done.
+
+Room: batch. One line is in memory at a time.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+from sidp_sgl.batch.duplicates import DuplicateFinder
+from sidp_sgl.batch.errors import JobError
+from sidp_sgl.batch.request import MAX_LINE_BYTES, LineError, Request, parse
+from sidp_sgl.config import SidpUsageError
+
+MAX_ERRORS_SHOWN = 10
+_LINES_PER_TICK = 10_000
+_DIGEST = 16  # bytes
+_BOM = b"\xef\xbb\xbf"
+
+
+class Contents(NamedTuple):
+    """What was found in an input file that is right."""
+
+    num_lines: int  # blank ones among them
+    num_requests: int
+    num_bytes: int
+    digest: str  # of all bytes
+
+
+class InputFile:
+    """`path` must be a regular file that stays as it is while the job runs."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises SidpUsageError."""
+        self.path = path
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise SidpUsageError(f"--input-file {path}: {error.strerror}") from None
+        if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            raise SidpUsageError(f"--input-file {path} is no regular file, and it is read twice")
+        self._version = self._current_version()
+
+    def _current_version(self) -> tuple[int, int]:
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def check(self, on_tick: Callable[[], None] = lambda: None) -> Contents:
+        """Every line; raises SidpUsageError with the first wrong lines and their number.
+
+        `on_tick` is called now and then, and may raise.
+        """
+        errors: list[tuple[int, str]] = []  # the first ones only
+        num_errors = num_requests = line = 0
+        digest = blake2b(digest_size=_DIGEST)
+        with DuplicateFinder() as ids:
+            for line, text in self._lines(digest.update):
+                if line % _LINES_PER_TICK == 0:
+                    on_tick()
+                if not text.strip():
+                    continue
+                num_requests += 1
+                try:
+                    ids.add(parse(line, text).custom_id, line)
+                except LineError as error:
+                    num_errors += 1
+                    if len(errors) < MAX_ERRORS_SHOWN:
+                        errors.append((line, str(error)))
+            for repeated, first in ids.duplicates():
+                num_errors += 1
+                errors.append((repeated, f"custom_id is the one of line {first}"))
+                errors = sorted(errors)[:MAX_ERRORS_SHOWN]
+        if num_errors:
+            raise SidpUsageError(self._report(errors, num_errors))
+        if not num_requests:
+            raise SidpUsageError(f"--input-file {self.path} has no requests")
+        return Contents(line, num_requests, self._version[0], digest.hexdigest())
+
+    def _report(self, errors: list[tuple[int, str]], num_errors: int) -> str:
+        lines = [f"  line {line}: {reason}" for line, reason in errors]
+        if (more := num_errors - len(errors)) > 0:
+            lines.append(f"  and {more:,} more")
+        wrong = "1 line is wrong" if num_errors == 1 else f"{num_errors:,} lines are wrong"
+        head = f"--input-file {self.path}: {wrong}, nothing was run; correct the file"
+        return "\n".join([head, *lines])
+
+    def requests(self, is_done: Callable[[int], bool]) -> Iterator[Request]:
+        """What is not done, in the file's order; raises JobError where the file has changed."""
+        for line, text in self._lines():
+            if not text.strip() or is_done(line):
+                continue
+            try:
+                request = parse(line, text)
+            except LineError:
+                request = None
+            if request is None or self._current_version() != self._version:
+                raise JobError(
+                    f"--input-file {self.path} has changed while the job ran: restore it"
+                )
+            yield request
+
+    def _lines(
+        self, on_bytes: Callable[[bytes], None] = lambda _: None
+    ) -> Iterator[tuple[int, bytes]]:
+        """Number and text of every line; of one that is too long only the beginning."""
+        self._file.seek(0)
+        number = 0
+        while text := self._file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            on_bytes(text)
+            rest = text
+            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                if not (rest := self._file.readline(MAX_LINE_BYTES + 1)):
+                    break
+                on_bytes(rest)
+            yield number, text.removeprefix(_BOM) if number == 1 else text
+
+    def close(self) -> None:
+        self._file.close()

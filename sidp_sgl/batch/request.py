@@ -1,0 +1,66 @@
+"""One line of the input: an OpenAI Batch request, checked as far as that needs no model.
+
+Room: batch. Pure. What only the model can judge (a prompt that is too long, a parameter out of
+range) becomes an error record when the request runs; what is checked here stops the job before it
+starts, since a file with such a line is not the one that the user meant.
+"""
+
+from typing import Any, NamedTuple
+
+import orjson
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+URLS = (CHAT, COMPLETIONS)
+MAX_LINE_BYTES = 64 * 2**20
+_CONTENT = {CHAT: ("messages",), COMPLETIONS: ("prompt",)}
+
+
+class LineError(ValueError):
+    """What is wrong with a line, without its number."""
+
+
+class Request(NamedTuple):
+    """One checked request."""
+
+    line: int  # in the input, from 1
+    custom_id: str
+    url: str  # one of URLS
+    body: bytes  # JSON object
+    num_bytes: int  # of its line
+
+
+def parse(line: int, text: bytes) -> Request:
+    """The request of a line; raises LineError."""
+    if len(text) > MAX_LINE_BYTES:
+        raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
+    try:
+        values = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise LineError(f"not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise LineError("not a JSON object")
+    custom_id, url = values.get("custom_id"), values.get("url")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise LineError("custom_id is missing or no text")
+    if values.get("method") != "POST":
+        raise LineError(f"method is {_shown(values, 'method')}: use POST")
+    if url == EMBEDDINGS:
+        raise LineError(f"url {url} is not supported: run-batch generates text")
+    if url not in URLS:
+        raise LineError(f"url is {_shown(values, 'url')}: use {' or '.join(URLS)}")
+    return Request(line, custom_id, url, _checked_body(values.get("body"), url), len(text))
+
+
+def _checked_body(body: Any, url: str) -> bytes:
+    if not isinstance(body, dict):
+        raise LineError("body is missing or no JSON object")
+    if body.get("stream"):
+        raise LineError("body has stream: true: results of a job are not streamed, leave it out")
+    for name in _CONTENT[url]:
+        if not body.get(name):
+            raise LineError(f"body has no {name}, which {url} needs")
+    return orjson.dumps(body)
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    return repr(values[name])[:80] if name in values else "missing"
