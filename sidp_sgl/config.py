@@ -7,6 +7,7 @@ POOLS = ("ffn", "linear")
 MODES = ("auto", "was", "cas")
 PLACEMENTS = ("interleaved", "contiguous")
 PREFETCH_ORDERS = ("sequential", "shifted", "ticketed")
+OWN_DISPATCH = "sidp"  # value of --load-balance-method
 
 
 class SidpError(Exception):
@@ -87,12 +88,13 @@ class SidpConfig:
         ),
     )
     group: str = ""
+    own_dispatch: bool = True  # `--load-balance-method sidp`: the default with --sidp
 
     @classmethod
     def flags(cls) -> dict[str, dict[str, Any]]:
         """Field name → argparse options of every user-visible field."""
         return {
-            f.name: {"default": f.default, **f.metadata} for f in fields(cls) if f.name != "group"
+            f.name: {"default": f.default, **f.metadata} for f in fields(cls) if f.metadata
         }
 
     @classmethod
@@ -147,8 +149,11 @@ class SidpConfig:
 
         Machine.from_json(self.sidp_calibration, flag)
 
-    def with_group(self, group: str) -> "SidpConfig":
-        return replace(self, group=group)
+    def of_engine(self, group: str, load_balance_method: str) -> "SidpConfig":
+        """With what one engine adds: its name, and who dispatches."""
+        return replace(
+            self, group=group, own_dispatch=load_balance_method in ("auto", OWN_DISPATCH)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,11 +20,13 @@ from sidp_sgl.scheduler.rendezvous import Offer, exchange
 from sidp_sgl.scheduler.spawning import DIRECTORY
 from sidp_sgl.sglang_hooks import arguments, cpu_memory, failures, refusals, reports, required
 from sidp_sgl.sglang_hooks.checkpoint import CheckpointReader
+from sidp_sgl.sglang_hooks.dispatch import ControllerDispatch
 from sidp_sgl.sglang_hooks.modes import ModeHooks
 from sidp_sgl.sglang_hooks.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.planned_times import planned_times
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.status import StatusHooks
+from sidp_sgl.sglang_hooks.waiting import WaitingRequests
 from sidp_sgl.weightpool.compute_group import ComputeGroup
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.placement import owners
@@ -65,7 +67,11 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     if role == "detokenizer":
         reports.join(config.group)
     if role == "dp_controller":
-        required.apply(reports.ControllerReports(config.group).hooks())
+        controller = reports.ControllerReports(config.group, keeps_states=not config.own_dispatch)
+        required.apply(controller.hooks())
+        if config.own_dispatch:
+            dispatch = ControllerDispatch(Path(os.environ[DIRECTORY]), server_args.dp_size)
+            required.apply([dispatch.hook()])
     if role == "scheduler":
         rank_reports = reports.RankReports(config.group, get_parallel().dp_rank)
         with rank_reports.errors():
@@ -110,7 +116,12 @@ class Rank:
         self.offloader = PoolOffloader(self.pool, config.sidp_pool, self._meet_peers)
         self.reader = CheckpointReader(self.offloader.is_placeholder)
         planned = planned_times(config, self.model_config.hf_config, self.dp_size)
-        self.modes = ModeHooks(self.control, self.pool, self.execution, planned)
+        self.waiting = WaitingRequests(
+            self.dp_rank, self.control.thread, Path(os.environ[DIRECTORY])
+        )
+        self.modes = ModeHooks(
+            self.control, self.pool, self.execution, lambda: self.waiting.received, planned
+        )
 
     def start(self) -> None:
         self.control.start()
@@ -118,6 +129,7 @@ class Rank:
             [
                 self.offloader.hook(),
                 *self.reader.hooks(),
+                self.waiting.hook(),
                 *self.modes.hooks(),
                 *StatusHooks(self.status).hooks(),
             ]
@@ -178,6 +190,7 @@ class Rank:
             "checkpoint_bytes_read": self.reader.bytes_read,
             "placeholders_unmaterialised": self.offloader.unmaterialised,
             **self.control.status(),
+            "dispatch": self.control.dispatch_status(),
             "was": {
                 "fetches": counters.fetches,
                 "bytes": counters.bytes,

@@ -32,6 +32,11 @@ def controller_address(directory: Path) -> str:
     return f"ipc://{directory}/sidp-controller"
 
 
+def returns_address(directory: Path) -> str:
+    """Where the DP controller takes requests that ranks give back."""
+    return f"ipc://{directory}/sidp-returns"
+
+
 class Inbox:
     """Receives everything that is sent to one address."""
 
@@ -42,6 +47,11 @@ class Inbox:
         self._socket.set(zmq.RCVHWM, _QUEUE)
         self._socket.bind(address)
         os.chmod(address.removeprefix("ipc://"), 0o600)
+
+    @property
+    def socket(self) -> zmq.Socket:
+        """For a poller."""
+        return self._socket
 
     def receive(self, seconds: float) -> Message | None:
         """The next message; None where none comes within `seconds`, or none that can be read."""

@@ -17,6 +17,8 @@ from sidp_sgl.scheduler.messages import (
     CasGrant,
     CasRelease,
     CasRequest,
+    DispatchUpdate,
+    Recall,
     StateUpdate,
 )
 from sidp_sgl.scheduler.negotiation import Negotiation
@@ -39,6 +41,8 @@ class ControlThread:
     ) -> None:
         self.group = GroupState()
         self.declines: dict[str, int] = {}  # given, by reason
+        self.dispatch = DispatchUpdate(0, 0, 0)  # the DP controller's latest
+        self.recalled = 0  # requests that the DP controller wants back; the scheduler sets it to 0
         self._rank = rank
         self._ledger = ledger
         self._refusal = refusal
@@ -71,6 +75,10 @@ class ControlThread:
                     self._ledger.release(message)
                 case StateUpdate(state):
                     self.group.update(state)
+                case Recall(requests):
+                    self.recalled = requests
+                case DispatchUpdate():
+                    self.dispatch = message
         self.inbox.close()
         self._answers.close()
 

@@ -11,7 +11,7 @@ import orjson
 from sidp_sgl.scheduler.mode_policy import CAS, WAS
 from sidp_sgl.scheduler.state import RankState
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,31 @@ class CasRelease:
     step: int
 
 
-Message = StateUpdate | CasRequest | CasGrant | CasDecline | CasRelease
+@dataclass(frozen=True)
+class Recall:
+    """From the DP controller: give back requests that wait, the latest first."""
+
+    requests: int
+
+
+@dataclass(frozen=True)
+class DispatchUpdate:
+    """From the DP controller: what it has dispatched, for the ranks' status."""
+
+    queued: int  # requests that wait in the controller
+    sent: int
+    moved: int  # given back by one rank and sent to another
+
+
+Message = StateUpdate | CasRequest | CasGrant | CasDecline | CasRelease | Recall | DispatchUpdate
 _CLASSES: dict[str, type[Message]] = {
     "state": StateUpdate,
     "cas_request": CasRequest,
     "cas_grant": CasGrant,
     "cas_decline": CasDecline,
     "cas_release": CasRelease,
+    "recall": Recall,
+    "dispatch": DispatchUpdate,
 }
 _KINDS = {cls: kind for kind, cls in _CLASSES.items()}
 _FIELDS: dict[type, dict[str, Any]] = {

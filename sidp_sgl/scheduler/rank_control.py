@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sidp_sgl.config import SidpConfig
+from sidp_sgl.config import OWN_DISPATCH, SidpConfig
 from sidp_sgl.scheduler import disturbances
 from sidp_sgl.scheduler.control import ControlThread, SchedulerControl
 from sidp_sgl.scheduler.leases import LeaseLedger
@@ -34,6 +34,7 @@ class RankControl:
         capacity_rows: int,
         max_rows: int,
     ) -> None:
+        self._config = config
         self.own_batch_size = 0  # kept up to date by the scheduler
         self.share = ServiceShare()
         disturbed = disturbances.from_environment()
@@ -75,6 +76,11 @@ class RankControl:
             "iterations": dict(modes.steps),
             "peers": [asdict(state) for state in self.thread.group.all()],
         }
+
+    def dispatch_status(self) -> dict[str, Any]:
+        """What the DP controller said last, the same on all ranks."""
+        method = OWN_DISPATCH if self._config.own_dispatch else "sglang"
+        return {"method": method, **asdict(self.thread.dispatch)}
 
     def cas_counters(self) -> dict[str, Any]:
         """Messages sent and answered; times in seconds."""

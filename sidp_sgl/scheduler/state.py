@@ -17,6 +17,8 @@ class RankState:
     number: int  # increases with every publication of the rank
     running_batch_size: int
     waiting_requests: int
+    received: int  # requests that the DP controller has sent and the rank has read
+    max_running_requests: int
     kv_capacity_tokens: int
     kv_headroom_tokens: int  # free + evictable
     step_seconds: float  # a recent decode step; 0.0 where none is known
@@ -67,10 +69,11 @@ def is_worth_publishing(
     return now - published_at >= _REPEAT_SECONDS
 
 
-def _decisive(state: RankState) -> tuple[int, int, int, str]:
+def _decisive(state: RankState) -> tuple[int, int, int, int, str]:
     return (
         state.running_batch_size,
         state.waiting_requests,
+        state.received,
         state.kv_capacity_tokens,
         state.mode,
     )

@@ -13,7 +13,7 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.server_args import ServerArgs
 
-from sidp_sgl.config import SidpConfig, SidpError, flag_name
+from sidp_sgl.config import OWN_DISPATCH, SidpConfig, SidpError, SidpUsageError, flag_name
 from sidp_sgl.sglang_hooks import cpu_memory
 from sidp_sgl.sglang_hooks.required import Hook, check_version
 
@@ -41,6 +41,9 @@ def is_command_line(server_args: Any) -> bool:
 
 
 def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
+    for action in parser._actions:
+        if action.dest == "load_balance_method" and action.choices is not None:
+            action.choices = [*action.choices, OWN_DISPATCH]
     group = parser.add_argument_group("SiDP (sidp_sgl)")
     for name, options in SidpConfig.flags().items():
         if name == "sidp":
@@ -50,10 +53,13 @@ def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
 
 
 def _from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
+    method = args.load_balance_method
+    if method == OWN_DISPATCH:
+        args.load_balance_method = "auto"  # SGLang knows its own methods only
     server_args = original(cls, args)
     values = {name: getattr(args, name) for name in SidpConfig.flags() if hasattr(args, name)}
     try:
-        _attach_checked(server_args, values)
+        _attach_checked(server_args, values, method)
     except SidpError as error:
         exit_with(error)
     server_args._sidp_command_line = True
@@ -68,17 +74,25 @@ def _server_args_from_keywords(**keywords: Any) -> ServerArgs:
         raise SidpError(
             f"Engine keyword {unknown[0]} is unknown: SiDP takes {', '.join(SidpConfig.flags())}"
         )
+    method = keywords.get("load_balance_method", "auto")
+    if method == OWN_DISPATCH:
+        keywords["load_balance_method"] = "auto"
     server_args = ServerArgs(**keywords)
-    _attach_checked(server_args, values)
+    _attach_checked(server_args, values, method)
     return server_args
 
 
-def _attach_checked(server_args: Any, values: dict[str, Any]) -> None:
+def _attach_checked(server_args: Any, values: dict[str, Any], method: str) -> None:
+    """`method`: as the user said it, of load balancing."""
     cpu_memory.device_total_bytes()  # a size that can't be read is refused here, in one line
     config = SidpConfig.from_values(values)
     if config.sidp:
         check_version()
-        attach(server_args, config.with_group(uuid.uuid4().hex))
+        attach(server_args, config.of_engine(uuid.uuid4().hex, method))
+    elif method == OWN_DISPATCH:
+        raise SidpUsageError(
+            f"--load-balance-method {OWN_DISPATCH} has no effect without --sidp: add it"
+        )
 
 
 def install_keywords() -> None:

@@ -4,6 +4,7 @@ Room: sglang_hooks.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -31,16 +32,19 @@ class _Begun(NamedTuple):
 
 
 class ModeHooks:
-    """In a rank's scheduler. `planned_times`, where given, stand for measuring at start."""
+    """In a rank's scheduler. `received()`: requests that the DP controller has sent so far.
+    `planned_times`, where given, stand for measuring at start."""
 
     def __init__(
         self,
         control: RankControl,
         pool: WeightPool,
         execution: UnitExecution,
+        received: Callable[[], int] = lambda: 0,
         planned_times: StepTimes | None = None,
     ) -> None:
-        self.state = RankState(pool.rank, 0, 0, 0, 0, 0, 0.0, WAS)
+        self.state = RankState(pool.rank, 0, 0, 0, 0, 0, 0, 0, 0.0, WAS)
+        self._received = received
         self._control = control
         self._modes = control.modes
         self._pool = pool
@@ -108,8 +112,10 @@ class ModeHooks:
         self.state = RankState(
             rank=self.state.rank,
             number=self.state.number + 1,
-            running_batch_size=running,
+            running_batch_size=running + _being_prefilled(scheduler),
             waiting_requests=len(scheduler.waiting_queue),
+            received=self._received(),
+            max_running_requests=int(scheduler.max_running_requests),
             kv_capacity_tokens=int(scheduler.max_total_num_tokens),
             kv_headroom_tokens=int(stats.full_available_size + stats.full_evictable_size),
             step_seconds=self._step_seconds,
@@ -120,3 +126,9 @@ class ModeHooks:
             self._modes.control.release()
         self._modes.control.publish(self.state, time.monotonic())
         return result
+
+
+def _being_prefilled(scheduler: Any) -> int:
+    """Requests that have left the queue and do not decode yet."""
+    last = scheduler.last_batch
+    return len(last.reqs) if last is not None and last.forward_mode.is_extend() else 0

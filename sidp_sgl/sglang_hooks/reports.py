@@ -92,8 +92,9 @@ _launching = threading.local()  # the controller launches every rank in a thread
 class ControllerReports:
     """In the DP controller process, the parent of all ranks."""
 
-    def __init__(self, group: str) -> None:
+    def __init__(self, group: str, *, keeps_states: bool) -> None:
         self._lifeline = join(group)
+        self._keeps_states = keeps_states
         sockets.place(group, Path(os.environ[DIRECTORY]))
 
     def hooks(self) -> list[Hook]:
@@ -107,7 +108,8 @@ class ControllerReports:
 
     def _receive_states(self, controller: Any, *_: Any, **__: Any) -> None:
         """Before the ranks are launched: they connect as soon as they run."""
-        controller.sidp_states = StateReceiver(Path(os.environ[DIRECTORY]))
+        if self._keeps_states:
+            controller.sidp_states = StateReceiver(Path(os.environ[DIRECTORY]))
 
     def _launch_all(self, original: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
         controller.scheduler_procs = _WatchedProcesses(self._lifeline)

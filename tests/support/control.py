@@ -81,4 +81,4 @@ def wait_until(condition: Callable[[], bool], seconds: float = AMPLE_SECONDS) ->
 
 
 def make_state(rank: int, number: int, running: int = 1) -> RankState:
-    return RankState(rank, number, running, 0, 1600, 800, 0.01, "was")
+    return RankState(rank, number, running, 0, 0, 64, 1600, 800, 0.01, "was")

@@ -45,13 +45,17 @@ def test_defaults() -> None:
         "sidp_link_gbps": None,
         "sidp_calibration": None,
         "group": "",
+        "own_dispatch": True,
     }
     assert SidpConfig.from_values({"sidp": True}).sidp
 
 
-def test_every_field_but_the_group_is_a_flag_with_help() -> None:
+def test_every_field_but_the_engine_s_own_is_a_flag_with_help() -> None:
     flags = SidpConfig.flags()
-    assert set(flags) == {f.name for f in dataclasses.fields(SidpConfig)} - {"group"}
+    assert set(flags) == {f.name for f in dataclasses.fields(SidpConfig)} - {
+        "group",
+        "own_dispatch",
+    }
     assert all(options["help"] for options in flags.values())
     assert flag_name("sidp_link_gbps") == "--sidp-link-gbps"
 
@@ -197,5 +201,5 @@ def test_valid_values_survive_the_way_into_other_processes(
             "sidp_link_gbps": rate,
             "sidp_batch_threshold": threshold,
         }
-    ).with_group("engine")
+    ).of_engine("engine", "auto")
     assert SidpConfig(**config.as_dict()) == config

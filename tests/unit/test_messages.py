@@ -13,7 +13,9 @@ from sidp_sgl.scheduler.messages import (
     CasGrant,
     CasRelease,
     CasRequest,
+    DispatchUpdate,
     Message,
+    Recall,
     StateUpdate,
     decode,
     encode,
@@ -24,7 +26,7 @@ counts = st.integers(0, 2**63)
 modes = st.sampled_from(["was", "cas"])
 seconds = st.floats(0, allow_infinity=False)
 states = st.builds(
-    RankState, counts, counts, counts, counts, counts, counts, step_seconds=seconds, mode=modes
+    RankState, *[counts] * 8, step_seconds=seconds, mode=modes
 )
 messages = st.one_of(
     st.builds(StateUpdate, states),
@@ -32,6 +34,8 @@ messages = st.one_of(
     st.builds(CasGrant, counts, counts, counts, counts, counts),
     st.builds(CasDecline, counts, counts, counts, st.text(max_size=20)),
     st.builds(CasRelease, counts, counts),
+    st.builds(Recall, counts),
+    st.builds(DispatchUpdate, counts, counts, counts),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=5),
@@ -39,11 +43,13 @@ json_values = st.recursive(
     max_leaves=5,
 )
 EXAMPLES: list[Message] = [
-    StateUpdate(RankState(0, 1, 2, 3, 4, 5, 0.5, "cas")),
+    StateUpdate(RankState(0, 1, 2, 3, 4, 5, 6, 7, 0.5, "cas")),
     CasRequest(rank=1, step=2, rows=3),
     CasGrant(owner=0, rank=1, step=2, offset=4, rows=3),
     CasDecline(owner=0, rank=1, step=2, reason="busy"),
     CasRelease(rank=1, step=2),
+    Recall(3),
+    DispatchUpdate(queued=1, sent=2, moved=3),
 ]
 WRONG = [None, True, -1, 1.5, "1", [], {}, 2**64]
 
@@ -126,7 +132,7 @@ def test_a_value_of_the_wrong_type_is_dropped(message: Message) -> None:
             assert decode(replaced(message, path, wrong)) is None, (path, wrong)
 
 
-@pytest.mark.parametrize("version", [0, 2, True, 1.0, "1", None])
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, True, 1.0, "1", None])
 def test_another_version_is_dropped(version: Any) -> None:
     assert decode(replaced(EXAMPLES[1], ("v",), version)) is None
 

@@ -50,7 +50,9 @@ class Rank:
         self.scheduler = SimpleNamespace(
             _sched_idled=False,
             running_batch=SimpleNamespace(reqs=[]),
+            last_batch=None,
             waiting_queue=[],
+            max_running_requests=64,
             max_total_num_tokens=1600,
             pool_stats_observer=SimpleNamespace(
                 get_pool_stats=lambda: SimpleNamespace(
@@ -204,7 +206,7 @@ def test_the_state_is_published_with_the_schedulers_figures(rank: Rank) -> None:
     rank.scheduler.running_batch.reqs = [object()] * 3
     rank.scheduler.waiting_queue = [object()] * 2
     state, now = published(rank)
-    assert state == RankState(1, 1, 3, 2, 1600, 800, 0.0, "cas")
+    assert state == RankState(1, 1, 3, 2, 0, 64, 1600, 800, 0.0, "cas")
     assert now == 100.0
     assert rank.control.own_batch_size == 3
     assert rank.hooks.state == state

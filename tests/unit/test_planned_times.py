@@ -73,6 +73,6 @@ def test_a_rank_begins_with_the_file_and_measures_nothing(tmp_path: Path) -> Non
     control: Any = SimpleNamespace(modes=modes)
     pool: Any = SimpleNamespace(rank=0)
     execution: Any = SimpleNamespace(remote=object())
-    hooks = ModeHooks(control, pool, execution, times)
+    hooks = ModeHooks(control, pool, execution, planned_times=times)
     hooks._calibrate(None, scheduler=None)  # type: ignore[call-arg]
     assert modes.times is times and modes.times.threshold(64) == 9

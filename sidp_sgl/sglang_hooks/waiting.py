@@ -1,0 +1,93 @@
+"""A rank's end of the dispatch: counts what the DP controller sends, gives back what waits.
+
+Room: sglang_hooks. Only requests that have not begun can move; they go back as they came.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import zmq
+from sglang.srt.managers.io_struct import (
+    BatchTokenizedEmbeddingReqInput,
+    BatchTokenizedGenerateReqInput,
+    TokenizedEmbeddingReqInput,
+    TokenizedGenerateReqInput,
+    sock_send,
+)
+from sglang.srt.managers.utils import is_health_check_generate_req
+from sglang.srt.plugins.hook_registry import HookType
+
+from sidp_sgl.scheduler.bus import returns_address
+from sidp_sgl.scheduler.control import ControlThread
+from sidp_sgl.sglang_hooks.required import Hook
+
+_BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
+_REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
+
+
+def requests_in(message: Any) -> list[Any]:
+    """The requests that a message from the tokenizer carries; health checks are none."""
+    if isinstance(message, _BATCHES):
+        return list(message)
+    if isinstance(message, _REQUESTS) and not is_health_check_generate_req(message):
+        return [message]
+    return []
+
+
+class WaitingRequests:
+    """In a rank's scheduler."""
+
+    def __init__(self, rank: int, control: ControlThread, directory: Path) -> None:
+        self.received = 0  # what was given back is not counted
+        self._rank = rank
+        self._control = control
+        self._originals: dict[str, Any] = {}  # of requests that may still wait, by request id
+        self._returns: zmq.Socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._returns.set(zmq.LINGER, 0)
+        self._returns.connect(returns_address(directory))
+
+    def hook(self) -> Hook:
+        """To be applied before the hook that publishes the rank's state."""
+        scheduler = "sglang.srt.managers.scheduler.Scheduler"
+        return Hook(f"{scheduler}.ingest_requests", self._after_ingest, HookType.AFTER)
+
+    def _after_ingest(self, messages: list[Any], scheduler: Any, *_: Any, **__: Any) -> list[Any]:
+        for message in messages:
+            for request in requests_in(message):
+                self.received += 1
+                self._originals[request.rid] = request
+        if self._control.recalled:
+            wanted, self._control.recalled = self._control.recalled, 0
+            self._give_back(scheduler, wanted)
+        queue = scheduler.waiting_queue
+        if len(self._originals) > 2 * len(queue) + 64:
+            waiting = {request.rid for request in queue}
+            self._originals = {k: v for k, v in self._originals.items() if k in waiting}
+        return messages
+
+    def _give_back(self, scheduler: Any, wanted: int) -> None:
+        """Up to `wanted` requests, the latest first."""
+        queue = scheduler.waiting_queue
+        for request in [r for r in reversed(queue) if self._can_move(r)][:wanted]:
+            original = self._originals[request.rid]
+            original.wrap_pickle_fields()
+            try:
+                # The rank goes in front: the controller has to know whose it was.
+                self._returns.send(str(self._rank).encode(), zmq.SNDMORE | zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            sock_send(self._returns, original)
+            del self._originals[request.rid]
+            queue.remove(request)
+            scheduler._release_aborted_request(request)
+            self.received -= 1
+
+    def _can_move(self, request: Any) -> bool:
+        return (
+            request.rid in self._originals
+            and not request.output_ids
+            and not request.retraction_count
+            and request.session is None
+            and request.beam_group is None
+            and request.multimodal_inputs is None
+        )
