@@ -28,6 +28,7 @@ class JobResult:
     prompt_tokens: int
     cached_tokens: int
     mean_batch: float  # running requests per rank, averaged over the time it had any
+    idle_share: float  # of the ranks' time, without a request
     batches: list[tuple[float, float]]  # time since the start, running requests per rank
     statuses: list[tuple[float, list[dict[str, Any]]]]  # time, every rank's `sidp` dictionary
 
@@ -68,6 +69,14 @@ class BatchSampler:
     def mean(self) -> float:
         busy = [size for _, running in self.samples for size in running if size]
         return sum(busy) / max(1, len(busy))
+
+    @property
+    def idle_share(self) -> float:
+        """Ranks without a request, on average from the first to the last sample that has any."""
+        busy = [n for n, (_, running) in enumerate(self.samples) if any(running)]
+        counted = [running for _, running in self.samples[busy[0] : busy[-1] + 1]] if busy else []
+        sizes = [size for running in counted for size in running]
+        return sum(size == 0 for size in sizes) / max(1, len(sizes))
 
     @property
     def means(self) -> list[tuple[float, float]]:
@@ -153,6 +162,7 @@ def run_job(
             for name in ("completion_tokens", "prompt_tokens", "cached_tokens")
         ),
         sampler.mean,
+        sampler.idle_share,
         sampler.means,
         statuses,
     )
