@@ -1,11 +1,13 @@
 """One rank's share of the pooled weights: blocks that it owns, slots for those that it fetches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from sidp_sgl.weightpool.captured import CapturedStep
 from sidp_sgl.weightpool.layout import BlockLayout
 from sidp_sgl.weightpool.prefetch import Prefetcher
 from sidp_sgl.weightpool.schedule import make_schedule
@@ -39,6 +41,8 @@ class WeightPool:
     _blocks: dict[int, PeerBlock] = field(default_factory=dict)
     _prefetcher: Prefetcher | None = None
     _entered: int | None = None
+    _step: CapturedStep | None = None
+    _captured: CapturedStep | None = None  # the same, while a step is captured into a CUDA graph
 
     def owns(self, layer: int) -> bool:
         return self.owners[layer] == self.rank
@@ -93,16 +97,32 @@ class WeightPool:
         assert self._prefetcher is not None, "the pool has not been started"
         return self._prefetcher
 
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a forward pass that may be captured; without it a pass can't be."""
+        if self._step is None:  # in a warm-up run, before anything is captured
+            self._step = self.prefetcher.capture()
+        if not self.transport.is_capturing():
+            yield
+            return
+        self._captured = self._step
+        self._captured.begin()
+        try:
+            yield
+            self._captured.end()
+        finally:
+            self._captured = None
+
     def enter(self, layer: int) -> None:
         """The forward pass is about to use units of `layer`; may be called for each of them."""
         if not self.owns(layer) and self._entered != layer:
-            self.prefetcher.acquire(layer)
+            (self._captured or self.prefetcher).acquire(layer)
         self._entered = layer
 
     def leave(self, layer: int, *, keep: bool = False) -> None:
         """The forward pass is through with the last unit of `layer`, which may `keep` its slot."""
         if not self.owns(layer) and not keep:
-            self.prefetcher.release(layer)
+            (self._captured or self.prefetcher).release(layer)
         self._entered = None
 
     def holds(self, layer: int) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sidp_sgl.weightpool.captured import CapturedStep, StepPlan, plan_step
 from sidp_sgl.weightpool.schedule import FetchSchedule
 from sidp_sgl.weightpool.transport import Event, PeerBlock, Transport
 
@@ -53,6 +54,7 @@ class Prefetcher:
         self._blocks = blocks
         self._ticketed = ticketed
         self._next = 0  # position in schedule.order of the next fetch
+        self._plan: StepPlan | None = None  # while steps are replayed graphs
         self.slots = [
             Slot(
                 transport.empty(slot_bytes),
@@ -69,9 +71,47 @@ class Prefetcher:
         """Begin to fill the slots."""
         self._fill()
 
+    def capture(self) -> CapturedStep:
+        """What enqueues one step's fetches into a graph instead; the state here stays as it is."""
+        slots = {
+            layer: self.slot_of(layer).memory[: self._blocks[layer].data.numel()]
+            for layer in self._schedule.order
+        }
+        return CapturedStep(
+            self._transport, self._schedule, self._blocks, slots, ticketed=self._ticketed
+        )
+
+    def begin_replay(self) -> None:
+        """A captured step is about to be launched on the compute stream."""
+        order = self._schedule.order
+        if self._plan is None and order:
+            self._plan = plan_step(self._schedule)
+            entry = self._plan.entry.items()
+            if any(self.slots[slot].layer != layer for slot, layer in entry):
+                self._restart_at(order[0])
+            assert all(self.slots[slot].layer == layer for slot, layer in entry)
+            for number, slot in enumerate(self.slots):
+                self._transport.compute_stream.wait(slot.ready)
+                slot.layer = self._plan.entry.get(number)
+        if not self._schedule.resident:
+            self.counters.fetches += len(order)
+            self.counters.bytes += sum(self._blocks[layer].data.numel() for layer in order)
+
+    def _end_replays(self) -> None:
+        """Go on from where the latest replayed step ends, once the compute stream gets there."""
+        if self._plan is None:
+            return
+        self._next, self._plan = self._plan.next_position, None
+        for slot in self.slots:
+            slot.free = slot.layer is None
+            self._transport.compute_stream.record(slot.released)
+            self._transport.compute_stream.record(slot.ready)
+        self._fill()
+
     def acquire(self, layer: int) -> None:
         """The compute stream may read the slot of `layer` once this returns (or, on a GPU, once
         its stream gets here)."""
+        self._end_replays()
         slot = self.slot_of(layer)
         if slot.layer != layer:
             self._restart_at(layer)

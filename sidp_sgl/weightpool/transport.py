@@ -1,6 +1,6 @@
 """The interface between the pool and the machine: memory that peers map, streams, events.
 
-Two implementations with the same tests: `shm` (CPU) and, later, `cuda`. Semantics are CUDA's: a
+Two implementations with the same tests: `shm` (CPU) and `cuda`. Semantics are CUDA's: a
 stream executes in order; `event.record(stream)` marks a point; `stream.wait(event)` makes later
 work wait for the latest mark that was recorded before the call, and is a no-op before the first.
 """
@@ -89,6 +89,13 @@ class Transport(ABC):
     @abstractmethod
     def event(self) -> Event:
         """A new event."""
+
+    def is_capturing(self) -> bool:
+        """Whether what is enqueued now becomes part of a CUDA graph."""
+        return False
+
+    def synchronize(self) -> None:  # noqa: B027 (nothing to do on CPUs)
+        """Block until the compute is done; on CPUs it always is."""
 
     @abstractmethod
     def close(self) -> None:

@@ -9,9 +9,11 @@ import random
 import pytest
 
 from sidp_sgl.weightpool.shm import ShmTransport
+from sidp_sgl.weightpool.transport import Transport
 from tests.support.hazards import HazardousTransport
 from tests.support.host_model import HostModel
 from tests.support.pools import Group, RankUnderTest, Result, layer_bytes, run_group
+from tests.support.transports import KINDS, make_transport
 
 STEPS = 5
 
@@ -68,9 +70,13 @@ def name_of(group: Group) -> str:
     return "-".join(str(value) for value in vars(group).values())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", GROUPS, ids=name_of)
-def test_every_use_of_a_layer_sees_its_bytes(group: Group) -> None:
-    check(group, run_group(group, lambda rank: rank.run_steps(STEPS)), STEPS)
+def test_every_use_of_a_layer_sees_its_bytes(group: Group, kind: str) -> None:
+    results = run_group(
+        group, lambda rank: rank.run_steps(STEPS), lambda rank: make_transport(kind)
+    )
+    check(group, results, STEPS)
 
 
 @pytest.mark.parametrize("order", ["sequential", "shifted", "ticketed"])
@@ -88,6 +94,14 @@ HAZARDOUS = [
     Group(4, 9, "shifted"),
     Group(3, 7, "sequential", "contiguous", 2),
 ]
+
+
+@pytest.mark.parametrize("group", HAZARDOUS, ids=name_of)
+def test_late_and_torn_copies_on_a_gpus_streams_do_no_harm(group: Group) -> None:
+    results = run_group(
+        group, lambda rank: rank.run_steps(STEPS), lambda rank: make_transport("cuda", seed=rank)
+    )
+    check(group, results, STEPS)
 
 
 @pytest.mark.parametrize("group", HAZARDOUS, ids=name_of)
@@ -136,9 +150,9 @@ CUT_SHORT = [Group(3, 8), Group(4, 9, "shifted"), Group(2, 7, "sequential", num_
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("hazardous", [False, True], ids=["plain", "hazardous"])
+@pytest.mark.parametrize("kind", ["shm", "hazardous", "cuda"])
 @pytest.mark.parametrize("group", CUT_SHORT, ids=name_of)
-def test_steps_cut_short_resync_and_stay_right(group: Group, hazardous: bool, seed: int) -> None:
+def test_steps_cut_short_resync_and_stay_right(group: Group, kind: str, seed: int) -> None:
     steps = cut_short(group.num_layers, seed)
 
     def script(rank: RankUnderTest) -> None:
@@ -146,10 +160,12 @@ def test_steps_cut_short_resync_and_stay_right(group: Group, hazardous: bool, se
             for what, layer in step:
                 getattr(rank, what)(layer)
 
-    def make_transport(rank: int) -> ShmTransport:
-        return HazardousTransport(rank, reorder=True) if hazardous else ShmTransport()
+    def transport_of(rank: int) -> Transport:
+        if kind == "hazardous":
+            return HazardousTransport(rank, reorder=True)
+        return make_transport(kind, seed=rank)
 
-    results = run_group(group, script, make_transport)
+    results = run_group(group, script, transport_of)
     for rank, result in enumerate(results):
         assert result.wrong == []
         host = HostModel(group.schedule(rank))

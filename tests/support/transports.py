@@ -1,0 +1,48 @@
+"""Both transports behind one door, for the tests that hold for either."""
+
+from collections.abc import Callable
+
+import torch
+
+from sidp_sgl.weightpool.cuda import CudaTransport
+from sidp_sgl.weightpool.cuda_streams import CudaComputeStream
+from sidp_sgl.weightpool.shm import ShmTransport
+from sidp_sgl.weightpool.transport import Transport
+from tests.support.fake_cuda import FakeCuda
+
+KINDS = ["shm", "cuda"]
+
+
+class LaunchingStream(CudaComputeStream):
+    """Lets tests enqueue kernels of their own beside the transport's work."""
+
+    driver: FakeCuda
+
+    def launch(self, kernel: Callable[[], None]) -> None:
+        self.driver.enqueue(self.driver.current_stream(), kernel)
+
+    def synchronize(self) -> None:
+        self.driver.synchronize()
+
+
+class FakeCudaTransport(CudaTransport):
+    """The CUDA transport over a driver without a GPU."""
+
+    def __init__(self, driver: FakeCuda | None = None) -> None:
+        self.fake = driver or FakeCuda()
+        super().__init__(lambda: self.fake)
+        self.__dict__["compute_stream"] = stream = LaunchingStream(self.fake)
+        stream.driver = self.fake
+
+    def close(self) -> None:
+        super().close()
+        self.fake.end_streams()
+
+
+def make_transport(kind: str, seed: int | None = None) -> Transport:
+    """`seed`: with late work and torn copies (cuda)."""
+    return ShmTransport() if kind == "shm" else FakeCudaTransport(FakeCuda(seed=seed))
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left.cpu(), right.cpu())
