@@ -113,6 +113,11 @@ class WeightPool:
         finally:
             self._captured = None
 
+    def begin_replay(self) -> None:
+        """A captured step is about to be launched on the compute stream."""
+        self._entered = None  # by a step that was cut short
+        self.prefetcher.begin_replay()
+
     def enter(self, layer: int) -> None:
         """The forward pass is about to use units of `layer`; may be called for each of them."""
         if not self.owns(layer) and self._entered != layer:
