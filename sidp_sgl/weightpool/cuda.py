@@ -101,9 +101,18 @@ class CudaTransport(Transport):
         if self._closed or (self._memory is None and not self._peers):
             return
         self._closed = True
-        # Unmapping memory that a copy still uses is a fault of the device; then rather leave it
-        # to the end of the process.
-        if self.copy_stream.close():
+        # Unmapping memory that is still in use is a fault of the device; then rather leave it to
+        # the end of the process.
+        try:
+            is_unused = self.copy_stream.close()
+            if is_unused:
+                self.driver.synchronize()
+        except RuntimeError:
+            logger.exception(
+                "work on GPU %d has failed; its memory stays mapped", self.driver.device
+            )
+            return
+        if is_unused:
             for peer in self._peers:
                 peer.close()
             if self._memory is not None:
