@@ -55,7 +55,8 @@ class WaitingRequests:
         for message in messages:
             for request in requests_in(message):
                 self.received += 1
-                self._originals[request.rid] = request
+                if request.routed_dp_rank is None:  # else the user wants this rank
+                    self._originals[request.rid] = request
         if self._control.recalled:
             wanted, self._control.recalled = self._control.recalled, 0
             self._give_back(scheduler, wanted)
