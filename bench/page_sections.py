@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench import growth
+from bench import dispatch_overhead, growth, methods
 from bench.figures import LABELS
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -126,6 +126,15 @@ def grown(results: dict[str, Any]) -> Table:
     return growth.HEADS, [growth.cells(row) for row in results["rows"]]
 
 
+def dispatched(results: dict[str, Any]) -> Table:
+    return methods.HEADS, [methods.cells(name, row) for name, row in results["methods"].items()]
+
+
+def overhead(results: dict[str, Any]) -> Table:
+    rows = [dispatch_overhead.cells(row) for row in results["microseconds"]]
+    return dispatch_overhead.HEADS, rows
+
+
 SECTIONS = (
     Section(
         "was_throughput",
@@ -175,5 +184,24 @@ SECTIONS = (
         "Plain DP and SiDP up at once, all ranks on the same cores, link not paced, KV plentiful: "
         "what SiDP takes beyond plain DP is its overhead.",
         grown,
+    ),
+    Section(
+        "prefix_dispatch",
+        "Dispatch: prompts that share headers",
+        "A few-shot evaluation: eight headers, 2,000 prompts in random order, four ranks whose KV "
+        "cache does not hold all headers. SiDP on both sides.",
+        dispatched,
+    ),
+    Section(
+        "makespan",
+        "Dispatch: long-tailed outputs",
+        "Idle: share of the ranks' time without a request, to the end of the job.",
+        dispatched,
+    ),
+    Section(
+        "dispatch_overhead",
+        "Dispatch: the policy's own time",
+        "Per request, while 100,000 are queued; eight ranks.",
+        overhead,
     ),
 )

@@ -38,6 +38,10 @@ BENCHES = (
     Bench("validate_model", 18, 6),
     Bench("paper", 1, 4),
     Bench("scale", 3, 6),
+    Bench("prefix_dispatch", 14, 9),
+    Bench("makespan", 14, 4),
+    Bench("dispatch_overhead", 2, 2),
+    Bench("batch_memory", 2, 3),
 )
 
 
