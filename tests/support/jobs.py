@@ -42,7 +42,12 @@ class FakeEngine:
     """
 
     def __init__(
-        self, seed: int = 0, lives_for: int | None = None, per_call: int = 8, ready: bool = True
+        self,
+        seed: int = 0,
+        lives_for: int | None = None,
+        per_call: int = 8,
+        ready: bool = True,
+        keeps_sent: bool = True,
     ) -> None:
         self.is_ready = ready
         self.status = NO_STATUS
@@ -54,9 +59,11 @@ class FakeEngine:
         self._random = random.Random(seed)
         self._lives_for = lives_for
         self._per_call = per_call
+        self._keeps_sent = keeps_sent
 
     def send(self, request: Request) -> None:
-        self.sent.append(request)
+        if self._keeps_sent:
+            self.sent.append(request)
         self._waiting.append(request)
         self.most_waiting = max(self.most_waiting, len(self._waiting))
         waiting = sum(request.num_bytes for request in self._waiting)

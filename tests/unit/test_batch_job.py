@@ -1,6 +1,7 @@
 """A job over an engine that answers in any order and may die: bounded, nothing lost or doubled."""
 
 import io
+import tracemalloc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sidp_sgl.batch import duplicates
 from sidp_sgl.batch.errors import Interrupted, JobError
 from sidp_sgl.batch.input import InputFile
 from sidp_sgl.batch.job import Job, Limits, in_input_order
@@ -243,3 +245,25 @@ def test_progress_lines() -> None:
     tally.engine_ended()
     tally.status = EngineStatus(0, 100, None)
     assert tally.mode_mix() == "WaS 45% CaS 55%"
+
+
+def peak_bytes(folder: Path, number: int) -> int:
+    """Of Python's memory, while a job is checked and run."""
+    folder.mkdir()
+    write_input(folder, number)
+    tracemalloc.start()
+    try:
+        Run(folder).start([FakeEngine(per_call=16, keeps_sent=False)])
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million requests: bench/batch_memory.py."""
+    monkeypatch.setattr(duplicates, "_BUFFER", 256)
+    small, large = (peak_bytes(tmp_path / str(number), number) for number in (5_000, 20_000))
+    assert large < small * 1.5
+    assert len(records(tmp_path / "20000" / "out")) == 20_000

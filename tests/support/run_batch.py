@@ -1,0 +1,105 @@
+"""Real `sidp-sgl run-batch` processes on the demo model."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from examples.demo_model.arithmetic import few_shot_header, held_out_problems
+from sidp_sgl.batch.engine_process import PROGRAM
+from sidp_sgl.batch.request import CHAT, COMPLETIONS
+from tests.support.jobs import write_lines
+from tests.support.traces import ranks
+
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
+MAX_TOKENS = 96
+DEVICE_MEMORY = "16MiB"
+WAIT_SECONDS = 300.0
+
+
+def demo_lines(number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Sums for the demo model, half of them as chats; its template gives the same prompt."""
+    header = few_shot_header(num_tokens_min=64)
+    rng = random.Random(seed)
+    lines = []
+    for index, (problem, _) in enumerate(held_out_problems(number, seed)):
+        prompt = header + problem
+        body: dict[str, Any] = {"model": "demo", "max_tokens": MAX_TOKENS, "temperature": 0}
+        url = rng.choice([CHAT, COMPLETIONS])
+        if url == CHAT:
+            body["messages"] = [{"role": "user", "content": prompt}]
+        else:
+            body["prompt"] = prompt
+        lines.append({"custom_id": f"sum-{index}", "method": "POST", "url": url, "body": body})
+    return lines
+
+
+def prompt_of(line: dict[str, Any]) -> str:
+    body = line["body"]
+    return body["prompt"] if "prompt" in body else body["messages"][0]["content"]
+
+
+def text_of(record: dict[str, Any]) -> str:
+    choice = record["response"]["body"]["choices"][0]
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+class RunBatch:
+    """One run of the command over FOLDER/in and FOLDER/out, in a session of its own."""
+
+    def __init__(self, folder: Path, *flags: str, **options: Any) -> None:
+        self.output = folder / "out"
+        files = ["-i", str(folder / "in"), "-o", str(self.output)]
+        model = ["--model", str(CHECKPOINT), "--device", "cpu", "--dp-size", "2", "--sidp"]
+        command = [sys.executable, "-m", "sidp_sgl.cli", "run-batch", *files, *model, *flags]
+        environment = {"SIDP_CPU_DEVICE_MEMORY": DEVICE_MEMORY, **os.environ}
+        self.log = folder / "log"
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stderr=log, start_new_session=True, **options
+            )
+
+    def num_records(self) -> int:
+        try:
+            return self.output.read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
+
+    def wait_for_records(self, number: int) -> None:
+        """Until there are so many, or the command has ended."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while self.process.poll() is None and self.num_records() < number:
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def rank_processes(self) -> list[psutil.Process]:
+        """The ranks of the engine that runs now."""
+        for child in psutil.Process(self.process.pid).children():
+            if PROGRAM in child.cmdline():
+                return [rank for rank in ranks(child.pid) if "scheduler" in rank.cmdline()[0]]
+        return []
+
+    def wait(self) -> int:
+        return self.process.wait(WAIT_SECONDS)
+
+
+@contextmanager
+def run_batch(folder: Path, *flags: str, **options: Any) -> Iterator[RunBatch]:
+    """Killed at the end where it still runs."""
+    running = RunBatch(folder, *flags, **options)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+
+
+def write_input(folder: Path, lines: list[dict[str, Any]]) -> None:
+    write_lines(folder / "in", lines)
