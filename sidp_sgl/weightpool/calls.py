@@ -2,11 +2,12 @@
 
 A rank has at most one call open at each owner. Rows lie in the owner's inbox (in rows that it has
 leased to the requester), results in the requester's own memory: each side writes to the other's
-memory and reads its own. Two implementations with the same tests: `shm` and, later, `cuda`.
+memory and reads its own. Two implementations with the same tests: `shm` and `cuda`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 
@@ -57,6 +58,10 @@ class Calls(ABC):
     @abstractmethod
     def wait(self, owner: int, seconds: float) -> Outcome:
         """Outcome of the latest call to `owner`; after SILENT it may be asked again."""
+
+    def serving(self) -> AbstractContextManager[None]:
+        """Around all that the thread does which receives, computes and answers."""
+        return nullcontext()
 
     @abstractmethod
     def receive(self, seconds: float) -> list[Call]:

@@ -61,7 +61,7 @@ class ComputeService:
             self._thread.join(2 * _POLL_SECONDS)
 
     def _run(self) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), self._calls.serving():
             while not self._stopped:
                 calls = self._calls.receive(_POLL_SECONDS)
                 if calls:

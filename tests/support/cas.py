@@ -6,12 +6,16 @@ from contextlib import contextmanager
 
 import torch
 
+from sidp_sgl.weightpool.calls import Calls
 from sidp_sgl.weightpool.compute_group import ComputeGroup
+from sidp_sgl.weightpool.cuda_calls import CudaCalls
 from sidp_sgl.weightpool.pooled_unit import PooledUnit
 from sidp_sgl.weightpool.shm_calls import ShmCalls
 from sidp_sgl.weightpool.staging import Staging, make_staging
+from tests.support.fake_cuda import FakeCuda
 
 IN_WIDTH, OUT_WIDTH = 12, 20
+KIND = "shm"  # of the calls; a test may set it
 
 
 def weight(layer: int) -> torch.Tensor:
@@ -36,13 +40,25 @@ def matmul_unit(layer: int, get_weight: Callable[[], torch.Tensor] | None = None
     )
 
 
+def make_calls(rank: int, num_ranks: int, staging: Staging) -> Calls:
+    """One rank's end of kind `shm` or, over a driver without a GPU, `cuda`."""
+    sizes = staging.inbox_bytes, staging.results_bytes
+    if KIND == "shm":
+        return ShmCalls(rank, num_ranks, *sizes)
+    return CudaCalls(FakeCuda(seed=rank), rank, num_ranks, *sizes)
+
+
+def settle(groups: Sequence[ComputeGroup]) -> None:
+    """Wait until what was told has arrived; on CPUs it has."""
+    for group in groups:
+        if isinstance(group.calls, CudaCalls):
+            group.calls._driver.synchronize()
+
+
 @contextmanager
-def connected_calls(num_ranks: int, staging: Staging) -> Iterator[list[ShmCalls]]:
+def connected_calls(num_ranks: int, staging: Staging) -> Iterator[list[Calls]]:
     """The calls of all ranks, each connected with each."""
-    ends = [
-        ShmCalls(rank, num_ranks, staging.inbox_bytes, staging.results_bytes)
-        for rank in range(num_ranks)
-    ]
+    ends = [make_calls(rank, num_ranks, staging) for rank in range(num_ranks)]
     try:
         for rank, end in enumerate(ends):
             for peer, other in enumerate(ends):

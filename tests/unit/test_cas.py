@@ -9,10 +9,18 @@ import torch
 from sidp_sgl.weightpool.calls import Call, Outcome
 from sidp_sgl.weightpool.compute_group import ComputeGroup
 from sidp_sgl.weightpool.pooled_unit import PooledUnit, rows_view
-from tests.support.cas import compute_groups, make_rows, matmul_unit, weight
+from tests.support import cas
+from tests.support.cas import compute_groups, make_rows, matmul_unit, settle, weight
+from tests.support.transports import KINDS
 
 OWNERS = [0, 1, 2, 0, 1, 2]
 UNITS = [matmul_unit(layer) for layer in range(len(OWNERS))]
+
+
+@pytest.fixture(params=KINDS, autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(cas, "KIND", request.param)
+    return request.param
 
 
 def leases(rank: int) -> dict[int, int]:
@@ -57,8 +65,10 @@ def test_calls_for_one_unit_that_are_there_together_take_one_gemm() -> None:
             inbox = rows_view(calls.inbox_of(0), offset * row_bytes, num_rows, 12, torch.float32)
             inbox.copy_(make_rows(num_rows, seed=requester))
             calls.send(0, UNITS[3].number, offset * row_bytes, num_rows)
+        settle(groups)
         service = groups[0].service
         service.serve(groups[0].calls.receive(0.0))
+        settle(groups)
         assert (service.counters.gemms, service.counters.fused_gemms) == (1, 1)
         assert (service.counters.calls, service.counters.rows_served) == (2, 8)
         for requester, num_rows in ((1, 3), (2, 5)):
@@ -71,6 +81,7 @@ def test_calls_for_different_units_are_computed_apart() -> None:
     with compute_groups(3, UNITS, OWNERS, start=False) as groups:
         for requester, unit in ((1, UNITS[0]), (2, UNITS[3])):
             groups[requester].calls.send(0, unit.number, 0, 1)
+        settle(groups)
         groups[0].service.serve(groups[0].calls.receive(0.0))
         assert groups[0].service.counters.gemms == 2
         assert groups[0].service.counters.fused_gemms == 0
