@@ -21,6 +21,7 @@ from sidp_sgl.scheduler.spawning import DIRECTORY
 from sidp_sgl.sglang_hooks import arguments, cpu_memory, failures, refusals, reports, required
 from sidp_sgl.sglang_hooks.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.dispatch import ControllerDispatch
+from sidp_sgl.sglang_hooks.metrics import MetricsHooks
 from sidp_sgl.sglang_hooks.modes import ModeHooks
 from sidp_sgl.sglang_hooks.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.planned_times import planned_times
@@ -125,13 +126,15 @@ class Rank:
 
     def start(self) -> None:
         self.control.start()
+        status = StatusHooks(self.status)
         required.apply(
             [
                 self.offloader.hook(),
                 *self.reader.hooks(),
                 self.waiting.hook(),
                 *self.modes.hooks(),
-                *StatusHooks(self.status).hooks(),
+                *status.hooks(),
+                *MetricsHooks(status.status_of).hooks(),
             ]
         )
 

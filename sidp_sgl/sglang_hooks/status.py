@@ -34,16 +34,19 @@ class StatusHooks:
         ]
 
     def _add_status(self, output: Any, controller: Any, *_: Any) -> Any:
-        scheduler = controller.scheduler
+        output.internal_state["sidp"] = self.status_of(controller.scheduler)
+        return output
+
+    def status_of(self, scheduler: Any) -> dict[str, Any]:
+        """The whole `sidp` dictionary of a rank."""
         stats = scheduler.pool_stats_observer.get_pool_stats()
-        output.internal_state["sidp"] = {
+        return {
             **self._rank_status(),
             "kv_capacity_tokens": int(scheduler.max_total_num_tokens),
             "kv_headroom_tokens": int(stats.full_available_size + stats.full_evictable_size),
             "running_batch_size": len(scheduler.running_batch.reqs),
             "waiting_requests": len(scheduler.waiting_queue),
         }
-        return output
 
     def _add_log_part(self, parts: list[str], *_: Any) -> list[str]:
         status = self._rank_status()

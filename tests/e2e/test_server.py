@@ -1,13 +1,17 @@
 """SiDP behind SGLang's HTTP server: its own and the OpenAI endpoints, streaming, status."""
 
 import json
+import time
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
+from sidp_sgl.scheduler.metrics import METRICS, value_of
 from tests.support.server import Server, server
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
@@ -18,7 +22,7 @@ HEADER = few_shot_header(num_tokens_min=160)
 @pytest.fixture(scope="module")
 def running() -> Iterator[Server]:
     arguments = ["--model-path", str(CHECKPOINT), "--device", "cpu", "--dp-size", "2", "--sidp"]
-    with server(*arguments, SIDP_CPU_DEVICE_MEMORY="64MiB") as started:
+    with server(*arguments, "--enable-metrics", SIDP_CPU_DEVICE_MEMORY="64MiB") as started:
         yield started
 
 
@@ -55,6 +59,48 @@ def test_server_info_shows_every_rank(running: Server) -> None:
         assert status["enabled"] and status["mode"] == "was"
         assert status["owned_bytes"] < status["pooled_bytes"]
         assert status["kv_headroom_tokens"] <= status["kv_capacity_tokens"]
+
+
+def numeric_paths(status: dict[str, Any], *path: str) -> Iterator[tuple[str, ...]]:
+    for key, value in status.items():
+        if isinstance(value, dict):
+            yield from numeric_paths(value, *path, key)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield (*path, key)
+
+
+def sidp_series(running: Server) -> dict[tuple[Any, ...], float]:
+    """(name, rank, labels of its own) → value."""
+    with running.open("/metrics") as response:
+        families = text_string_to_metric_families(response.read().decode())
+    return {
+        (sample.name, int(sample.labels["dp_rank"]), sample.labels.get("mode")): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name.startswith("sglang:sidp_")
+    }
+
+
+def test_metrics_are_the_status_of_every_rank(running: Server) -> None:
+    states = [state["sidp"] for state in running.get("/server_info")["internal_states"]]
+    steady = [m for m in METRICS if m.path[-1] not in ("sent_messages", "service_share")]
+    expected = {
+        (metric.series, status["dp_rank"], dict(metric.labels).get("mode")): value
+        for status in states
+        for metric in steady
+        if (value := value_of(metric, status)) is not None
+    }
+    deadline = time.monotonic() + 10
+    while (series := sidp_series(running)) and time.monotonic() < deadline:
+        if expected.items() <= series.items():
+            break
+        time.sleep(0.5)  # they are published once a second
+    assert expected.items() <= series.items(), expected.items() - series.items()
+    assert series["sglang:sidp_was_bytes_total", 0, None] > 0
+    tables = {"declines_given", "mode_switch_reasons"}
+    for status in states:
+        paths = {p for p in numeric_paths(status) if not tables & set(p)}
+        assert paths - {metric.path for metric in METRICS} == {("dp_rank",), ("dp_size",)}
 
 
 def test_weight_updates_are_refused(running: Server) -> None:
