@@ -8,6 +8,10 @@ from sidp_sgl.config import SidpUsageError
 
 COMMANDS = {
     "plan": ("sidp_sgl.planner.plan_command", "is SiDP worth it, and with which settings?"),
+    "calibrate": (
+        "sidp_sgl.calibration.calibrate_command",
+        "measure this machine for plan, simulator and engine",
+    ),
     "run-batch": (
         "sidp_sgl.batch.command",
         "run a file of requests, in OpenAI's Batch format; continue it after any end",

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidp_sgl.scheduler.cores import plan_cores
 from sidp_sgl.sglang_hooks import cpu_cores, cpu_memory, cpu_platform
 
 CORES = st.sets(st.integers(0, 500), min_size=1, max_size=64).map(sorted)
@@ -16,7 +17,7 @@ CORES = st.sets(st.integers(0, 500), min_size=1, max_size=64).map(sorted)
 def test_every_rank_has_cores_and_none_is_given_twice_while_they_last(
     cores: list[int], num_ranks: int
 ) -> None:
-    plan = cpu_cores.plan_cores(cores, num_ranks)
+    plan = plan_cores(cores, num_ranks)
     assert len(plan) == num_ranks
     given_out = [core for rank in plan for core in rank]
     assert set(given_out) <= set(cores)

@@ -94,6 +94,16 @@ def test_only_the_composition_root_imports_the_hooks() -> None:
             assert not hooked, f"{module} imports {hooked}"
 
 
+def test_calibration_meets_sglang_in_one_place_and_the_pure_rooms_never_meet_calibration() -> None:
+    for module in modules_of("calibration"):
+        names = {name.partition(".")[0] for name in imports_of(module)}
+        assert "sglang" not in names or module.endswith(".engine_steps"), module
+    for room in ("scheduler", "weightpool", "kernels", "planner"):
+        for module in modules_of(room):
+            met = [n for n in imports_of(module) if n.startswith("sidp_sgl.calibration")]
+            assert not met, f"{module} imports {met}"
+
+
 def test_config_imports_nothing_heavy() -> None:
     assert reached_libraries("sidp_sgl.config") <= set(sys.stdlib_module_names) | {"sidp_sgl"}
 

@@ -1,0 +1,72 @@
+"""What a calibration measures, as plain values: they stand in its file, and the fit reads them.
+
+Room: calibration; pure. Seconds are those of one rank while all ranks do the same.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sidp_sgl.planner.models import ModelShape
+
+
+class GemmPoint(NamedTuple):
+    """[rows, in_width] times one weight, whose copies are used in turn as layers are."""
+
+    rows: int
+    in_width: int
+    out_width: int
+    seconds: float
+
+
+class FetchPoint(NamedTuple):
+    """One fetch of a block, with nothing computed meanwhile."""
+
+    num_bytes: int
+    seconds: float
+
+
+class OverlapPoint(NamedTuple):
+    """A pass through layers: alone, beside its fetches (without waits for them), and these."""
+
+    alone: float
+    beside: float
+    fetches: float
+
+
+class CallPoint(NamedTuple):
+    """A pass through layers with `rows` rows: all computed here, and with the FFNs of others'
+    layers sent to their owners."""
+
+    rows: int
+    local: float
+    sent: float
+
+
+class StepPoint(NamedTuple):
+    """A decode step of SGLang: a model of so many layers, `batch` requests of `context` tokens."""
+
+    layers: int
+    batch: int
+    context: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """`shape`: the model whose layers were measured; `call_layers` of them for the calls.
+
+    `copy_rate`: bytes per second between two ranks at full speed, all of them at once.
+    """
+
+    name: str
+    shape: ModelShape
+    num_ranks: int
+    memory_bytes: int
+    call_layers: int
+    copy_rate: float
+    gemms: tuple[GemmPoint, ...]
+    fetches: tuple[FetchPoint, ...]
+    overlaps: tuple[OverlapPoint, ...]
+    calls: tuple[CallPoint, ...]
+    steps: tuple[StepPoint, ...]
+    fp8_flops: float | None = None  # where the machine has them and they were measured

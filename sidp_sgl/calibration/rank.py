@@ -1,0 +1,205 @@
+"""What one rank measures while all others measure the same: GEMMs, fetches, overlap, calls.
+
+Room: calibration. Every point begins at a barrier: ranks share cores, links and memory.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import BrokenBarrierError
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import linear
+
+from sidp_sgl.calibration.decoder import Decoder
+from sidp_sgl.calibration.device import Device, make_device
+from sidp_sgl.calibration.link import Fetches, num_layers_of
+from sidp_sgl.calibration.points import CallPoint, FetchPoint, GemmPoint, OverlapPoint
+from sidp_sgl.planner.models import ModelShape
+from sidp_sgl.planner.weights import Split, block_bytes, layer_weights, padded_vocab
+
+BARRIER_SECONDS = 120.0
+_REPEATS = 4
+_GEMM_BYTES = 1 << 26  # of the copies of one weight: more than caches hold, where layers do too
+_OVERLAP_BATCHES = (4, 16)
+_CALL_ROWS = (1, 4, 16)
+_COVER = 1.5  # times its fetches, that a pass computes: they are hidden then
+
+
+class Barrier(Protocol):
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+@dataclass(frozen=True)
+class RankTask:
+    """What rank `rank` of `num_ranks` measures; `meeting` is a name that all ranks give alike."""
+
+    device: str
+    shape: ModelShape
+    rank: int
+    num_ranks: int
+    cores: tuple[int, ...]
+    link_gbps: float | None
+    meeting: str
+    point_seconds: float  # how long a point is measured, several times over
+
+
+@dataclass(frozen=True)
+class RankPoints:
+    gemms: list[GemmPoint]
+    fetches: list[FetchPoint]
+    copy_rate: float
+    overlaps: list[OverlapPoint]
+    calls: list[CallPoint]
+
+
+class RankMeasuring:
+    """One rank's part, in a process of its own."""
+
+    def __init__(self, task: RankTask, barrier: Barrier) -> None:
+        self.task = task
+        self._device: Device = make_device(task.device, task.rank, task.cores)
+        self._barrier = barrier
+        self._num_layers = num_layers_of(task.num_ranks)
+
+    @torch.inference_mode()
+    def run(self) -> RankPoints:
+        gemms = self._gemms()
+        block = block_bytes(self.task.shape, 0, Split(), "ffn")
+        sizes = [max(4096, block // 4), block, 2 * block]
+        fetches = [FetchPoint(size, self._fetch(size, self.task.link_gbps)) for size in sizes]
+        unpaced = self._fetch(block, None) if self.task.link_gbps else fetches[1].seconds
+        calls = [self._call(rows) for rows in _CALL_ROWS]
+        pass_seconds = self._fetched_layers * fetches[1].seconds
+        overlaps = [self._overlap(block, batch, pass_seconds) for batch in _OVERLAP_BATCHES]
+        return RankPoints(gemms, fetches, block / unpaced, overlaps, calls)
+
+    def _together(self) -> None:
+        try:
+            self._barrier.wait(BARRIER_SECONDS)
+        except BrokenBarrierError:
+            raise RuntimeError("another rank did not come to the next measurement") from None
+
+    def _timed(self, run: Callable[[], Any], passes: int | None) -> float:
+        """Seconds of one `run`. Without `passes`, as many as fill the time that all ranks measure
+        for: none ends early and leaves its core to another."""
+        self._together()
+        run()  # after a wait slots are full and caches cold, which within a step they are not
+        begun = time.perf_counter()
+        done, seconds = 0, 0.0
+        while done < (passes or 1) or (
+            passes is None and time.perf_counter() - begun < self.task.point_seconds
+        ):
+            seconds += self._device.seconds(run)
+            done += 1
+        return seconds / done
+
+    def _times(self, *runs: Callable[[], Any], passes: int | None = None) -> list[float]:
+        """Of every run the least disturbed of some repeats, which alternate."""
+        for run in runs:
+            run()
+        repeats = [[self._timed(run, passes) for run in runs] for _ in range(_REPEATS)]
+        return [min(times) for times in zip(*repeats, strict=True)]
+
+    def _gemms(self) -> list[GemmPoint]:
+        shape, points = self.task.shape, []
+        weights = layer_weights(shape, 0, Split())
+        vocab = padded_vocab(shape.vocab_size, 1)
+        gemms = {(g.in_width, g.out_width) for g in
+                 (weights.qkv, weights.o, weights.gate_up, weights.down)}  # fmt: skip
+        for in_width, out_width in sorted({*gemms, (shape.hidden_size, vocab)}):
+            num_bytes = 2 * in_width * out_width
+            copies = max(1, min(shape.num_layers, _GEMM_BYTES // num_bytes))
+            weight = self._random(copies, out_width, in_width)
+            for rows in (1, 2, 4, 8, 16, 32, 64, 64 * self.task.num_ranks):
+                activations = self._random(rows, in_width)
+
+                def run(weight: torch.Tensor = weight, rows: torch.Tensor = activations) -> None:
+                    for one in weight:
+                        linear(rows, one)
+
+                (seconds,) = self._times(run)
+                points.append(GemmPoint(rows, in_width, out_width, seconds / copies))
+        return points
+
+    def _random(self, *size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.bfloat16, device=self._device.device)
+
+    def _open(self, name: str, num_bytes: int, link_gbps: float | None) -> Fetches:
+        task = self.task
+        meeting = f"{task.meeting}-{name}"
+        with torch.inference_mode(False):  # a thread of its own writes to the slots
+            return self._device.fetches(meeting, task.rank, task.num_ranks, num_bytes, link_gbps)
+
+    def _fetch(self, num_bytes: int, link_gbps: float | None) -> float:
+        """Seconds of one fetch where nothing is computed."""
+        fetches = self._open(f"fetch-{num_bytes}-{link_gbps}", num_bytes, link_gbps)
+        try:
+            (seconds,) = self._times(lambda: fetches.run(lambda layer: None), passes=4)
+            self._together()
+        finally:
+            fetches.close()
+        return seconds / self._fetched_layers
+
+    @property
+    def _fetched_layers(self) -> int:
+        return self._num_layers - self._num_layers // self.task.num_ranks
+
+    def _overlap(self, num_bytes: int, batch: int, fetch_seconds: float) -> OverlapPoint:
+        """`fetch_seconds`: all fetches of a pass, with nothing computed meanwhile."""
+        task = self.task
+        decoder = Decoder(task.shape, self._num_layers, batch, self._device.device)
+        fetches = self._open(f"overlap-{batch}", num_bytes, task.link_gbps)
+        try:
+            (once,) = self._times(self._pass(decoder, 1), passes=2)
+            rounds = max(1, math.ceil(_COVER * fetch_seconds / once))
+            compute, waited = self._layer(decoder, rounds), [0.0]
+
+            def beside() -> None:
+                waited.append(fetches.run(compute))
+
+            # Without its waits for blocks: those are the planner's to say.
+            alone, elapsed = self._times(self._pass(decoder, rounds), beside, passes=3)
+            self._together()
+        finally:
+            fetches.close()
+        return OverlapPoint(alone, elapsed - statistics.median(waited), fetch_seconds)
+
+    def _layer(self, decoder: Decoder, rounds: int) -> Callable[[int], None]:
+        def compute(layer: int) -> None:
+            for _ in range(rounds):
+                decoder.ffn(layer, decoder.attend(layer, decoder.rows))
+
+        return compute
+
+    def _pass(self, decoder: Decoder, rounds: int) -> Callable[[], None]:
+        compute = self._layer(decoder, rounds)
+
+        def run() -> None:
+            for layer in range(self._num_layers):
+                compute(layer)
+
+        return run
+
+    def _call(self, num_rows: int) -> CallPoint:
+        task = self.task
+        decoder = Decoder(task.shape, self._num_layers, num_rows, self._device.device)
+        meeting = f"{task.meeting}-calls-{num_rows}"
+        with torch.inference_mode(False):
+            sent = self._device.sent_rows(
+                meeting, task.rank, task.num_ranks, decoder, task.shape.hidden_size
+            )
+
+        def run() -> None:
+            for layer in range(self._num_layers):
+                sent.run(layer, decoder.attend(layer, decoder.rows))
+
+        try:
+            local, away = self._times(self._pass(decoder, 1), run, passes=12)
+            self._together()
+        finally:
+            sent.close()
+        return CallPoint(num_rows, local, away)

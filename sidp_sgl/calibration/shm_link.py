@@ -1,0 +1,104 @@
+"""Between CPU ranks: the engine's own pool, transport, calls and compute service.
+
+Room: calibration.
+"""
+
+from functools import partial
+
+import torch
+
+from sidp_sgl.calibration.decoder import Decoder
+from sidp_sgl.calibration.link import Compute, Fetches, SentRows, num_layers_of
+from sidp_sgl.scheduler.rendezvous import Offer, exchange
+from sidp_sgl.weightpool.compute_group import ComputeGroup
+from sidp_sgl.weightpool.layout import make_layout
+from sidp_sgl.weightpool.placement import owners
+from sidp_sgl.weightpool.pool import WeightPool
+from sidp_sgl.weightpool.pooled_unit import PooledUnit
+from sidp_sgl.weightpool.schedule import DEFAULT_SLOTS
+from sidp_sgl.weightpool.shm import ShmTransport
+from sidp_sgl.weightpool.shm_calls import ShmCalls
+from sidp_sgl.weightpool.staging import ROWS_PER_RANK, make_staging
+
+MEETING_SECONDS = 60.0
+
+
+class ShmFetches(Fetches):
+    """`meeting`: a name that all ranks give alike; `link_gbps` paces the owners' links, or None."""
+
+    def __init__(
+        self, meeting: str, rank: int, num_ranks: int, num_bytes: int, link_gbps: float | None
+    ) -> None:
+        layer_owners = owners(num_layers_of(num_ranks), num_ranks, "interleaved")
+        transport = ShmTransport(None if link_gbps is None else link_gbps * 1e9)
+        self._pool = WeightPool(
+            transport, rank, num_ranks, layer_owners, "ticketed", num_slots=DEFAULT_SLOTS
+        )
+        block = make_layout([("weight", torch.empty(num_bytes, dtype=torch.uint8, device="meta"))])
+        own = [layer for layer, owner in enumerate(layer_owners) if owner == rank]
+        for views in self._pool.own(dict.fromkeys(own, block)).values():
+            views["weight"].fill_(1)  # pages that were never written are no memory yet
+        offer = Offer(rank, {}, self._pool.offer(), transport.export())
+        for peer, theirs in exchange(meeting, offer, num_ranks, MEETING_SECONDS).items():
+            self._pool.connect(peer, theirs.content, theirs.file_descriptors)
+        self._pool.start()
+
+    def run(self, compute: Compute) -> float:
+        counters = self._pool.prefetcher.counters
+        before = counters.stall_seconds
+        for layer in range(len(self._pool.owners)):
+            self._pool.enter(layer)
+            compute(layer)
+            self._pool.leave(layer)
+        return counters.stall_seconds - before
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class ShmSentRows(SentRows):
+    """`meeting` as above."""
+
+    def __init__(
+        self, meeting: str, rank: int, num_ranks: int, decoder: Decoder, hidden_size: int
+    ) -> None:
+        self._owners = owners(num_layers_of(num_ranks), num_ranks, "interleaved")
+        self._rank = rank
+        self._units = [_unit(layer, decoder, hidden_size) for layer in range(len(self._owners))]
+        staging = make_staging((unit.row_bytes for unit in self._units), num_ranks)
+        self._calls = ShmCalls(rank, num_ranks, staging.inbox_bytes, staging.results_bytes)
+        owned = [unit for unit in self._units if self._owners[unit.layer] == rank]
+        self._group = ComputeGroup(self._calls, staging, owned, lambda start, end: None)
+        offer = Offer(rank, {}, {}, self._calls.export())
+        for peer, theirs in exchange(meeting, offer, num_ranks, MEETING_SECONDS).items():
+            self._calls.connect(peer, theirs.file_descriptors)
+        self._group.service.start()
+        # Every requester has rows of its own at every owner.
+        self._offsets = {
+            owner: ROWS_PER_RANK * (rank - (rank > owner))
+            for owner in range(num_ranks)
+            if owner != rank
+        }
+
+    def run(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        unit, owner = self._units[layer], self._owners[layer]
+        if owner == self._rank:
+            return unit.compute(rows)
+        remote = self._group.remote
+        remote.begin_step(self._offsets, len(rows))
+        result = remote.call(owner, unit, rows)
+        remote.end_step()
+        if result is None:
+            raise RuntimeError(f"rank {owner} did not compute the rows that rank {self._rank} sent")
+        return result
+
+    def close(self) -> None:
+        self._group.service.close()
+        self._calls.close()
+
+
+def _unit(layer: int, decoder: Decoder, hidden_size: int) -> PooledUnit:
+    compute = partial(decoder.ffn, layer)
+    return PooledUnit(
+        layer, layer, True, hidden_size, hidden_size, torch.bfloat16, compute, compute, lambda r: r
+    )
