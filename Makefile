@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test unit e2e soak bench lint format clean
+.PHONY: install demo test unit e2e test-ray soak kills bench lint format clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -25,11 +25,20 @@ unit: install
 	$(PYTHON) -m pytest tests/kernels
 
 e2e: install
-	$(PYTHON) -m pytest tests/e2e
+	$(PYTHON) -m pytest tests/e2e -m "not ray"
+
+# Two engines under Ray, about 5 GB of memory; not part of `make test`.
+test-ray: install
+	PATH="$$PATH:$(VENV)/bin" uv pip install --quiet --python $(PYTHON) --editable '.[ray]'
+	$(PYTHON) -m pytest tests/e2e/test_ray.py
 
 # Ten minutes of random load, faults among it; not part of `make test`.
 soak: install
 	PYTHONWARNINGS=ignore $(PYTHON) -m tests.soak.soak --minutes 10 --seed 0
+
+# One batch job through twenty kills and full disks, a quarter of an hour; needs root for a tmpfs.
+kills: install
+	PYTHONWARNINGS=ignore $(PYTHON) -m tests.soak.kills --seed 0
 
 # All that the machine allows, about forty minutes; writes bench/results and docs/benchmarks.md.
 bench: install

@@ -87,8 +87,8 @@ class Job:
                         raise self._too_often(ended) from None
                     tally.restarts += 1
                     self._progress.say(
-                        f"{ended}; starting the engine again "
-                        f"({tally.restarts} of at most {self._limits.max_restarts} times)"
+                        f"starting the engine again ({tally.restarts} of at most "
+                        f"{self._limits.max_restarts} times): {ended}"
                     )
                 finally:
                     engine.close()

@@ -4,6 +4,7 @@ Room: batch; beside engine.py the only file of it that imports sglang.
 """
 
 import asyncio
+import logging
 from typing import Any
 
 import orjson
@@ -13,6 +14,7 @@ import zmq.asyncio
 from fastapi import Response
 from pydantic import BaseModel, ValidationError
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader, shm_path_for
@@ -48,6 +50,8 @@ class _Serving:
         self._processes = [psutil.Process(pid) for pid in engine.get_all_child_pids()]
         self._tasks: set[asyncio.Task] = set()
         self._failed = asyncio.Event()
+        # The job is told once; SGLang would log it with every request that was waiting.
+        logging.getLogger(OpenAIServingBase.__module__).addFilter(_is_no_rank_failure)
 
     async def run(self) -> None:
         await self._socket.send_multipart([READY, b""])
@@ -151,6 +155,10 @@ def _is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _is_no_rank_failure(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], RankFailure))
 
 
 def _error(status: int, message: str) -> bytes:

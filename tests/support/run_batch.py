@@ -54,16 +54,16 @@ def text_of(record: dict[str, Any]) -> str:
 class RunBatch:
     """One run of the command over FOLDER/in and FOLDER/out, in a session of its own."""
 
-    def __init__(self, folder: Path, *flags: str, **options: Any) -> None:
+    def __init__(self, folder: Path, *flags: str, log: Path | None = None) -> None:
         self.output = folder / "out"
         files = ["-i", str(folder / "in"), "-o", str(self.output)]
         model = ["--model", str(CHECKPOINT), "--device", "cpu", "--dp-size", "2", "--sidp"]
         command = [sys.executable, "-m", "sidp_sgl.cli", "run-batch", *files, *model, *flags]
         environment = {"SIDP_CPU_DEVICE_MEMORY": DEVICE_MEMORY, **os.environ}
-        self.log = folder / "log"
-        with open(self.log, "ab") as log:
+        self.log = log or folder / "log"
+        with open(self.log, "ab") as stderr:
             self.process = subprocess.Popen(
-                command, env=environment, stderr=log, start_new_session=True, **options
+                command, env=environment, stderr=stderr, start_new_session=True
             )
 
     def num_records(self) -> int:
@@ -91,9 +91,9 @@ class RunBatch:
 
 
 @contextmanager
-def run_batch(folder: Path, *flags: str, **options: Any) -> Iterator[RunBatch]:
+def run_batch(folder: Path, *flags: str) -> Iterator[RunBatch]:
     """Killed at the end where it still runs."""
-    running = RunBatch(folder, *flags, **options)
+    running = RunBatch(folder, *flags)
     try:
         yield running
     finally:

@@ -116,7 +116,7 @@ def test_a_dead_engine_is_replaced(tmp_path: Path) -> None:
     assert_complete(tmp_path, 100)
     assert all(engine.is_closed for engine in engines)
     assert run.progress.tally.restarts == 2
-    assert "DP rank 1 was killed; starting the engine again (2 of at most 3 times)" in (
+    assert "starting the engine again (2 of at most 3 times): DP rank 1 was killed\n" in (
         run.text.getvalue()
     )
     # What was in the dead engine comes first, in the order in which it was sent.

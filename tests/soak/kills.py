@@ -1,0 +1,213 @@
+"""One job through twenty random ends: of its process, of a rank, of the space on its disk.
+
+Every custom_id is answered exactly once, with what an undisturbed run says; what was finished is
+never lost or run again; nothing stays on the machine. `python -m tests.soak.kills --seed 0` (root,
+for a tmpfs); results in bench/results/kills.json.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.record import record
+from tests.support.jobs import line, records
+from tests.support.run_batch import RunBatch, demo_lines, run_batch, write_input
+from tests.support.traces import Traces
+
+NUM_SUMS = 700
+NUM_EVENTS = {"process killed": 8, "rank killed": 6, "disk full": 6}
+RECORDS_BETWEEN = (3, 25)
+LONGEST_PAUSE_SECONDS = 0.3
+DISK_BYTES = 16 * 2**20
+FLAGS = ("--max-in-flight", "16", "--max-restarts", "100", "--sidp-mode", "was")
+CLEAN_SECONDS = 20.0
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    size = f"size={DISK_BYTES}"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path, num_free: int) -> Path:
+    """A file that leaves only so many bytes of the disk, in whole pages."""
+    path = disk / "filler"
+    free = os.statvfs(disk)
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize - num_free)
+    return path
+
+
+class Kills:
+    """The job in `disk`, and what has happened to it."""
+
+    def __init__(self, disk: Path, seed: int, traces: Traces) -> None:
+        self._disk = disk
+        self.log = traces.folder.parent / "log"  # not on the disk that gets full
+        self._random = random.Random(seed)
+        self._traces = traces
+        self._finished = b""  # the output's whole records, when last looked at
+        self.torn_ends = 0
+        self.problems: list[str] = []
+        self.events: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        names = [name for name, number in NUM_EVENTS.items() for _ in range(number)]
+        self._random.shuffle(names)
+        running: RunBatch | None = None
+        try:
+            for name in names:
+                if running is None:
+                    running = RunBatch(self._disk, *FLAGS, log=self.log)
+                started = time.monotonic()
+                number = running.num_records() + self._random.randint(*RECORDS_BETWEEN)
+                running.wait_for_records(number)
+                time.sleep(self._random.uniform(0, LONGEST_PAUSE_SECONDS))
+                if running.process.poll() is not None:
+                    self.problems.append(f"the job has ended before event {len(self.events)}")
+                    return
+                self._traces.processes()
+                is_running = self._strike(name, running)
+                self.events.append(
+                    {
+                        "event": name,
+                        "records": self._look(),
+                        "seconds": round(time.monotonic() - started, 1),
+                    }
+                )
+                print(self.events[-1], flush=True)
+                running = running if is_running else None
+            if running is None:
+                running = RunBatch(self._disk, *FLAGS, log=self.log)
+            if (code := running.wait()) != 0:
+                self.problems.append(f"the last run ended with {code}")
+            self._look()
+        finally:
+            if running is not None:
+                running.process.kill()
+                running.process.wait()
+
+    def _strike(self, name: str, running: RunBatch) -> bool:
+        """Returns whether the job's process still runs."""
+        if name == "rank killed":
+            while not (ranks := running.rank_processes()):
+                time.sleep(0.1)  # the engine is being started again
+            self._random.choice(ranks).kill()
+            running.wait_for_records(running.num_records() + 1)
+            return True
+        if name == "process killed":
+            running.process.kill()
+            running.wait()
+            return False
+        filler = fill(self._disk, self._random.randrange(3) * os.sysconf("SC_PAGE_SIZE"))
+        code = running.wait()
+        last = running.log.read_text().splitlines()[-1]
+        if code != 1 or "No space left on device" not in last:
+            self.problems.append(f"on a full disk the job ended with {code}: {last}")
+        filler.unlink()
+        return False
+
+    def _look(self) -> int:
+        """How many whole records there are; all that were there before must be."""
+        content = (self._disk / "out").read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        self.torn_ends += len(whole) < len(content)
+        if not whole.startswith(self._finished):
+            self.problems.append(f"a record was lost after event {len(self.events)}")
+        self._finished = whole
+        return whole.count(b"\n")
+
+
+def answers(output: Path) -> tuple[dict[str, Any], int]:
+    """What was answered to each custom_id, and how many records there are."""
+    found = records(output)
+    by_id = {}
+    for entry in found:
+        body = entry["response"]["body"]
+        choices = [choice.get("text", choice.get("message")) for choice in body.get("choices", [])]
+        by_id[entry["custom_id"]] = [
+            entry["response"]["status_code"],
+            choices,
+            body.get("usage"),
+            body.get("error"),
+        ]
+    return by_id, len(found)
+
+
+def undisturbed(folder: Path, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    folder.mkdir()
+    write_input(folder, lines)
+    with run_batch(folder, *FLAGS[2:]) as running:
+        assert running.wait() == 0, running.log.read_text()
+    return answers(folder / "out")[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    seed = parser.parse_args().seed
+    lines = [
+        *demo_lines(NUM_SUMS, seed),
+        line("too long", "1+" * 3000),
+        line("hot", temperature=-1),
+    ]
+    random.Random(seed).shuffle(lines)
+    started = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="kills-") as name,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        folder = Path(name)
+        (folder / "traces").mkdir()
+        traces = Traces(patch, folder / "traces")
+        with small_disk(folder / "disk") as disk:
+            write_input(disk, lines)
+            kills = Kills(disk, seed, traces)
+            kills.run()
+            found, number = answers(disk / "out")
+            log = kills.log.read_text()
+        expected = undisturbed(folder / "undisturbed", lines)
+        try:
+            traces.assert_nothing_left(CLEAN_SECONDS)
+        except AssertionError as error:
+            kills.problems.append(f"left on the machine: {error}")
+    if number != len(lines) or found.keys() != expected.keys():
+        kills.problems.append(f"{number} records of {len(found)} ids for {len(lines)} requests")
+    if wrong := [name for name in expected if found.get(name) != expected[name]]:
+        kills.problems.append(f"{len(wrong)} answers differ, {wrong[0]} among them")
+    result = {
+        "seed": seed,
+        "requests": len(lines),
+        "records": number,
+        "events": kills.events,
+        "torn_ends_repaired": kills.torn_ends,
+        "engine_restarts": log.count("starting the engine again"),
+        "seconds": round(time.monotonic() - started),
+        "problems": kills.problems,
+    }
+    record("kills", result)
+    print(*kills.problems[:20], sep="\n")
+    print(
+        f"kills: {len(kills.events)} ends, {number} records of {len(lines)} requests, "
+        f"{len(kills.problems) or 'no'} problems"
+    )
+    sys.exit(bool(kills.problems) or len(kills.events) < sum(NUM_EVENTS.values()))
+
+
+if __name__ == "__main__":
+    main()
