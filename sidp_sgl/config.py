@@ -87,6 +87,13 @@ class SidpConfig:
             metavar="FILE",
         ),
     )
+    sidp_colocate: bool = field(
+        default=False,
+        metadata=_flag(
+            "All ranks on one GPU, each with an equal part of its memory (for development).",
+            action="store_true",
+        ),
+    )
     group: str = ""
     own_dispatch: bool = True  # `--load-balance-method sidp`: the default with --sidp
 

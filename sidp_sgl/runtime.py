@@ -18,8 +18,17 @@ from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.rank_control import RankControl
 from sidp_sgl.scheduler.rendezvous import Offer, exchange
 from sidp_sgl.scheduler.spawning import DIRECTORY
-from sidp_sgl.sglang_hooks import arguments, cpu_memory, failures, refusals, reports, required
+from sidp_sgl.sglang_hooks import (
+    arguments,
+    colocation,
+    cpu_memory,
+    failures,
+    refusals,
+    reports,
+    required,
+)
 from sidp_sgl.sglang_hooks.checkpoint import CheckpointReader
+from sidp_sgl.sglang_hooks.cuda_graphs import GraphHooks
 from sidp_sgl.sglang_hooks.dispatch import ControllerDispatch
 from sidp_sgl.sglang_hooks.metrics import MetricsHooks
 from sidp_sgl.sglang_hooks.modes import ModeHooks
@@ -29,13 +38,12 @@ from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.status import StatusHooks
 from sidp_sgl.sglang_hooks.waiting import WaitingRequests
 from sidp_sgl.weightpool.compute_group import ComputeGroup
+from sidp_sgl.weightpool.devices import make_calls, make_transport
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.pooled_unit import PooledUnit
 from sidp_sgl.weightpool.schedule import default_slots
-from sidp_sgl.weightpool.shm import ShmTransport
-from sidp_sgl.weightpool.shm_calls import ShmCalls
 from sidp_sgl.weightpool.staging import ROWS_PER_RANK, capacity_rows, make_staging
 
 CPU_PLATFORM = "sidp_cpu"
@@ -89,6 +97,7 @@ class Rank:
         self.config = config
         self.dp_rank = parallel.dp_rank
         self.dp_size = parallel.dp_size
+        self.is_cuda = server_args.device == "cuda"
         self.model_config = model_config_of(server_args)
         layer_owners = owners(
             self.model_config.num_hidden_layers, self.dp_size, config.sidp_placement
@@ -96,7 +105,7 @@ class Rank:
         order = config.sidp_prefetch_order
         rate = None if config.sidp_link_gbps is None else config.sidp_link_gbps * 1e9
         self.pool = WeightPool(
-            transport=ShmTransport(rate),
+            transport=make_transport(server_args.device, rate),
             rank=self.dp_rank,
             num_ranks=self.dp_size,
             owners=layer_owners,
@@ -137,6 +146,10 @@ class Rank:
                 *MetricsHooks(status.status_of).hooks(),
             ]
         )
+        if self.config.sidp_colocate:
+            colocation.divide_memory(self.dp_size, lambda: self.pool.transport.shared_bytes)
+        if self.is_cuda:
+            required.apply(GraphHooks(self.pool, self.execution).hooks())
 
     def _meet_peers(self, units: list[PooledUnit]) -> UnitExecution:
         """While loading: connect what this rank has with what the others have."""
@@ -158,7 +171,7 @@ class Rank:
 
     def _compute_group(self, units: list[PooledUnit]) -> ComputeGroup:
         staging = make_staging((unit.row_bytes for unit in units), self.dp_size)
-        calls = ShmCalls(self.dp_rank, self.dp_size, staging.inbox_bytes, staging.results_bytes)
+        calls = make_calls(self.pool.transport, self.dp_rank, self.dp_size, staging)
         owned = [unit for unit in units if self.pool.owns(unit.layer)]
         return ComputeGroup(calls, staging, owned, self.control.share.add)
 

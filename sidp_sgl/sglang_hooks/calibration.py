@@ -37,7 +37,7 @@ def calibrate(
     with execution.weights_as_they_are():
         while size <= largest:
             step = partial(runner._dummy_run, batch_size=size, buffers=buffers)
-            compute_seconds[size] = _best(step, compute_clock)
+            compute_seconds[size] = _best(step, compute_clock, pool.transport.synchronize)
             size *= 2
     logger.info(
         "sidp: fetching all layers takes %.1f ms, a step %s",
@@ -61,13 +61,19 @@ def _fetch_all(pool: WeightPool) -> None:
     for layer in range(len(pool.owners)):
         pool.enter(layer)
         pool.leave(layer)
+    pool.transport.synchronize()
 
 
-def _best(run: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Seconds of the fastest of a few runs, by `clock`."""
+def _best(
+    run: Callable[[], Any],
+    clock: Callable[[], float],
+    synchronize: Callable[[], None] = lambda: None,
+) -> float:
+    """Seconds of the fastest of a few runs, by `clock`; `synchronize` ends each."""
     times = []
     for _ in range(_REPEATS):
         started = clock()
         run()
+        synchronize()
         times.append(clock() - started)
     return min(times)

@@ -17,6 +17,7 @@ from sglang.srt.runtime_context import get_context
 
 from sidp_sgl.config import SidpConfig, SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
+from sidp_sgl.sglang_hooks.device_refusals import check_device
 from sidp_sgl.sglang_hooks.planned_times import planned_times
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.placement import owners
@@ -121,8 +122,7 @@ def check_flags(server_args: Any, config: SidpConfig) -> None:
 def check_model(server_args: Any, config: SidpConfig) -> None:
     """Raise SidpUsageError for a device, a model or slots that can't be pooled."""
     cfg = resolving_view(server_args)
-    if cfg.device != "cpu":
-        raise SidpUsageError(f"--sidp does not run on --device {cfg.device} yet: use --device cpu")
+    check_device(cfg, config)
     model = Path(cfg.model_path)
     if model.is_dir() and not any(model.glob("*.safetensors")):
         raise SidpUsageError(

@@ -87,6 +87,10 @@ class CudaTransport(Transport):
     def event(self) -> CudaEvent:
         return CudaEvent(self.driver)
 
+    @property
+    def shared_bytes(self) -> int:
+        return self._memory.num_bytes if self._memory is not None else 0
+
     def is_capturing(self) -> bool:
         return self.driver.is_capturing(self.driver.current_stream())
 

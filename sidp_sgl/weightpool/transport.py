@@ -90,6 +90,11 @@ class Transport(ABC):
     def event(self) -> Event:
         """A new event."""
 
+    @property
+    def shared_bytes(self) -> int:
+        """What was exported, of the device's memory and not by PyTorch's allocator."""
+        return 0
+
     def is_capturing(self) -> bool:
         """Whether what is enqueued now becomes part of a CUDA graph."""
         return False

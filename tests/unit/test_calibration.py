@@ -102,7 +102,7 @@ def test_a_disturbed_run_does_not_set_the_time() -> None:
 
 def test_units_use_the_pool_again_where_a_step_failed() -> None:
     runner = Runner(4, lambda size: 1 / 0)
-    pool = SimpleNamespace(owners=[])
+    pool = SimpleNamespace(owners=[], transport=ShmTransport())
     runner.execution = UnitExecution(pool)  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         calibrate(runner.scheduler, pool, runner.execution, 64)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_units_use_the_pool_again_where_a_step_failed() -> None:
 def test_on_cpus_steps_are_timed_without_the_waits_for_a_core() -> None:
     """Ranks that share cores calibrate at the same time: a sleep stands for such a wait."""
     runner = Runner(1, lambda n: 20.0, device="cpu")
-    pool = SimpleNamespace(owners=[])
+    pool = SimpleNamespace(owners=[], transport=ShmTransport())
     runner.execution = UnitExecution(pool)  # type: ignore[arg-type]
     times = calibrate(runner.scheduler, pool, runner.execution, 64)  # type: ignore[arg-type]
     assert times.step_seconds(WAS, 1) < 0.01

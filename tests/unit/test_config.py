@@ -44,6 +44,7 @@ def test_defaults() -> None:
         "sidp_prefetch_order": "ticketed",
         "sidp_link_gbps": None,
         "sidp_calibration": None,
+        "sidp_colocate": False,
         "group": "",
         "own_dispatch": True,
     }

@@ -40,6 +40,7 @@ BAD_SETTINGS = [
     ({"quantization": "fp8"}, "--quantization"),
     ({"load_format": "dummy"}, "--load-format"),
     ({"device": "cuda"}, "--device"),
+    ({"sidp_colocate": True}, "--sidp-colocate"),
     ({"sidp_pool": "everything"}, "--sidp-pool"),
     ({"sidp_mode": "fast"}, "--sidp-mode"),
     ({"sidp_batch_threshold": 0}, "--sidp-batch-threshold"),

@@ -1,0 +1,34 @@
+"""Which transport and which calls serve a rank's device."""
+
+from sidp_sgl.weightpool.calls import Calls
+from sidp_sgl.weightpool.shm import ShmTransport
+from sidp_sgl.weightpool.shm_calls import ShmCalls
+from sidp_sgl.weightpool.staging import Staging
+from sidp_sgl.weightpool.transport import Transport
+
+
+def make_transport(device: str, link_bytes_per_second: float | None) -> Transport:
+    """For ranks on `device`, 'cpu' or 'cuda'; the rate paces every owner's link (cpu) or every
+    reader's fetches (cuda), or is None."""
+    if device != "cuda":
+        return ShmTransport(link_bytes_per_second)
+    # Not above: Triton and the driver are asked for on GPUs only.
+    from sidp_sgl.kernels.copies import PROGRAMS
+    from sidp_sgl.weightpool.cuda import CudaTransport
+    from sidp_sgl.weightpool.cuda_streams import Copier
+    from sidp_sgl.weightpool.libcuda import LibCuda
+
+    rate = link_bytes_per_second
+    return CudaTransport(LibCuda, Copier() if rate is None else Copier(PROGRAMS, rate))
+
+
+def make_calls(transport: Transport, rank: int, num_ranks: int, staging: Staging) -> Calls:
+    """Calls between ranks whose blocks `transport` shares; after `transport.allocate`."""
+    sizes = staging.inbox_bytes, staging.results_bytes
+    if isinstance(transport, ShmTransport):
+        return ShmCalls(rank, num_ranks, *sizes)
+    from sidp_sgl.weightpool.cuda import CudaTransport
+    from sidp_sgl.weightpool.cuda_calls import CudaCalls
+
+    assert isinstance(transport, CudaTransport)
+    return CudaCalls(transport.driver, rank, num_ranks, *sizes)
