@@ -6,11 +6,14 @@ tools and log probabilities mean the same.
 """
 
 import contextlib
+import glob
 import io
+import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,6 +24,9 @@ from sidp_sgl.batch.engine_process import FAILED, PARSED, START
 from sidp_sgl.batch.settings import settings_of
 from sidp_sgl.config import SidpError, SidpUsageError
 
+_USAGE = 2  # exit code of a command line that is wrong
+# Of named semaphores: those of ranks that were killed stay, and are found by it.
+_SEMAPHORES = f"sidp-batch-{os.getpid()}"
 _REFUSED = {
     "skip_tokenizer_init": "texts go in and out",
     "is_embedding": "it generates text",
@@ -28,6 +34,7 @@ _REFUSED = {
     "smg_grpc_mode": "it is no server",
     "use_ray": "it runs on one node; use one job per node",
 }
+_leftovers: list[str] = []
 
 
 def main(address: str, arguments: Sequence[str]) -> None:
@@ -52,13 +59,15 @@ def main(address: str, arguments: Sequence[str]) -> None:
             serve(engine, socket)
         finally:
             engine.shutdown()
+            _remove_leftovers()
     finally:
         context.destroy(linger=1000)
 
 
 def _tell_failure(socket: zmq.Socket, error: BaseException) -> None:
     reason = str(error) if isinstance(error, SidpError) else "see the error above"
-    content = {"reason": reason, "usage": isinstance(error, SidpUsageError)}
+    is_usage = isinstance(error, SidpUsageError) or getattr(error, "code", None) == _USAGE
+    content = {"reason": reason, "usage": is_usage}
     socket.send_multipart([FAILED, orjson.dumps(content)])
 
 
@@ -88,8 +97,18 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, dict[str, str]]:
 
 def _start(server_args: Any) -> Any:
     import sglang
+    from sglang.srt.managers.load_snapshot import shm_path_for
 
-    return sglang.Engine(server_args=server_args)
+    multiprocessing.current_process()._config["semprefix"] = f"/{_SEMAPHORES}"  # type: ignore
+    engine = sglang.Engine(server_args=server_args)
+    _leftovers.append(shm_path_for(engine.port_args.instance_id))
+    return engine
+
+
+def _remove_leftovers() -> None:
+    """What plain SGLang leaves in shared memory."""
+    for path in [*_leftovers, *glob.glob(f"/dev/shm/sem.{_SEMAPHORES}-*")]:
+        Path(path).unlink(missing_ok=True)
 
 
 def _end_with_the_job() -> None:
@@ -99,6 +118,7 @@ def _end_with_the_job() -> None:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    _remove_leftovers()
     os._exit(1)
 
 

@@ -7,6 +7,7 @@ the output, never imports torch. Two ends of one ZMQ pair; the child sees by its
 that the job has gone.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -76,11 +77,26 @@ class EngineProcess:
         raise EngineEnded(f"SGLang could not be imported in {_PARSE_SECONDS:.0f} s")
 
     def start(self) -> None:
-        self._socket.send(START)
+        self._send(START)
 
     def send(self, request: Request) -> None:
-        header = orjson.dumps([request.line, request.url])
-        self._socket.send_multipart([REQUEST, header, request.body])
+        """Raises EngineEnded."""
+        self._send(REQUEST, orjson.dumps([request.line, request.url]), request.body)
+
+    def _send(self, *message: bytes) -> None:
+        try:
+            self._socket.send_multipart(message, zmq.DONTWAIT)
+        except zmq.Again:  # nobody is there: the process has ended, or is about to
+            raise EngineEnded(self._wait_for_end()) from None
+
+    def _wait_for_end(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LAST_MESSAGE_SECONDS)
+        code = self._process.returncode
+        self._failure = "the engine's process " + (
+            "does not listen" if code is None else describe_exit(code)
+        )
+        return self._failure
 
     def receive(self, timeout: float) -> list[Answer]:
         answers: list[Answer] = []
@@ -113,8 +129,7 @@ class EngineProcess:
             if self._process.poll() is None:
                 return None
             if not self._socket.poll(int(_LAST_MESSAGE_SECONDS * 1000)):
-                self._failure = f"the engine's process {describe_exit(self._process.returncode)}"
-                raise EngineEnded(self._failure)
+                raise EngineEnded(self._wait_for_end())
         message = self._socket.recv_multipart()
         if message[0] == FAILED:
             content: dict[str, Any] = orjson.loads(message[1])
@@ -130,8 +145,9 @@ class EngineProcess:
             return
         assert self._process.stdin is not None
         if self.is_ready and self._failure is None:
-            self._socket.send(STOP)
-            self._wait()
+            with contextlib.suppress(EngineEnded):
+                self._send(STOP)
+                self._wait()
         self._process.stdin.close()  # what the loss of the job would do
         if not self._wait():
             self._process.kill()

@@ -5,6 +5,7 @@ Room: batch. One line is in memory at a time.
 
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -51,28 +52,38 @@ class InputFile:
     def check(self, on_tick: Callable[[], None] = lambda: None) -> Contents:
         """Every line; raises SidpUsageError with the first wrong lines and their number.
 
-        `on_tick` is called now and then, and may raise.
+        `on_tick` is called now and then, and may raise. Raises JobError where the digests of the
+        custom_ids find no room.
         """
+        try:
+            with DuplicateFinder() as ids:
+                return self._check(ids, on_tick)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise JobError(
+                f"comparing the custom_ids in {folder}: {error.strerror}; make room, or set TMPDIR"
+            ) from None
+
+    def _check(self, ids: DuplicateFinder, on_tick: Callable[[], None]) -> Contents:
         errors: list[tuple[int, str]] = []  # the first ones only
         num_errors = num_requests = line = 0
         digest = blake2b(digest_size=_DIGEST)
-        with DuplicateFinder() as ids:
-            for line, text in self._lines(digest.update):
-                if line % _LINES_PER_TICK == 0:
-                    on_tick()
-                if not text.strip():
-                    continue
-                num_requests += 1
-                try:
-                    ids.add(parse(line, text).custom_id, line)
-                except LineError as error:
-                    num_errors += 1
-                    if len(errors) < MAX_ERRORS_SHOWN:
-                        errors.append((line, str(error)))
-            for repeated, first in ids.duplicates():
+        for line, text in self._lines(digest.update):
+            if line % _LINES_PER_TICK == 0:
+                on_tick()
+            if not text.strip():
+                continue
+            num_requests += 1
+            try:
+                ids.add(parse(line, text).custom_id, line)
+            except LineError as error:
                 num_errors += 1
-                errors.append((repeated, f"custom_id is the one of line {first}"))
-                errors = sorted(errors)[:MAX_ERRORS_SHOWN]
+                if len(errors) < MAX_ERRORS_SHOWN:
+                    errors.append((line, str(error)))
+        for repeated, first in ids.duplicates():
+            num_errors += 1
+            errors.append((repeated, f"custom_id is the one of line {first}"))
+            errors = sorted(errors)[:MAX_ERRORS_SHOWN]
         if num_errors:
             raise SidpUsageError(self._report(errors, num_errors))
         if not num_requests:

@@ -1,5 +1,6 @@
 """The input file: every line is checked, with its number, in bounded memory."""
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -15,6 +16,10 @@ from sidp_sgl.batch.errors import JobError
 from sidp_sgl.batch.input import InputFile
 from sidp_sgl.config import SidpUsageError
 from tests.support.jobs import line, write_lines
+
+
+class Stopped(Exception):
+    pass
 
 
 def written(path: Path, *texts: bytes) -> InputFile:
@@ -95,10 +100,19 @@ def test_the_check_can_be_stopped(tmp_path: Path) -> None:
     opened = InputFile(write_lines(tmp_path / "in", (line(str(n)) for n in range(20_000))))
 
     def stop() -> None:
-        raise InterruptedError
+        raise Stopped
 
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Stopped):
         opened.check(stop)
+
+
+def test_no_room_for_the_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DuplicateFinder, "add", fail)
+    with pytest.raises(JobError, match="No space left on device; make room, or set TMPDIR"):
+        written(tmp_path / "in", good(1)).check()
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), max_size=30), st.integers(1, 200))
