@@ -24,9 +24,9 @@ from tests.support.jobs import line, records
 from tests.support.run_batch import RunBatch, demo_lines, run_batch, write_input
 from tests.support.traces import Traces
 
-NUM_SUMS = 700
+NUM_SUMS = 1000
 NUM_EVENTS = {"process killed": 8, "rank killed": 6, "disk full": 6}
-RECORDS_BETWEEN = (3, 25)
+RECORDS_BETWEEN = (3, 20)
 LONGEST_PAUSE_SECONDS = 0.3
 DISK_BYTES = 16 * 2**20
 FLAGS = ("--max-in-flight", "16", "--max-restarts", "100", "--sidp-mode", "was")
@@ -81,7 +81,8 @@ class Kills:
                 if running.process.poll() is not None:
                     self.problems.append(f"the job has ended before event {len(self.events)}")
                     return
-                self._traces.processes()
+                for rank in running.rank_processes():
+                    self._traces.remember(rank)
                 is_running = self._strike(name, running)
                 self.events.append(
                     {
