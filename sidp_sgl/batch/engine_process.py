@@ -32,6 +32,7 @@ START, REQUEST, STOP = b"start", b"request", b"stop"
 # From the engine; FAILED carries a text, and `usage` where the user has to change something:
 PARSED, READY, ANSWER, STATUS, FAILED = b"parsed", b"ready", b"answer", b"status", b"failed"
 _PARSE_SECONDS = 600.0  # imports of SGLang, from a slow disk
+_CONNECT_SECONDS = 60.0  # of Python's own start
 _STOP_SECONDS = 30.0
 _LAST_MESSAGE_SECONDS = 1.0
 _POLL_SECONDS = 0.2
@@ -84,10 +85,12 @@ class EngineProcess:
         self._send(REQUEST, orjson.dumps([request.line, request.url]), request.body)
 
     def _send(self, *message: bytes) -> None:
-        try:
-            self._socket.send_multipart(message, zmq.DONTWAIT)
-        except zmq.Again:  # nobody is there: the process has ended, or is about to
-            raise EngineEnded(self._wait_for_end()) from None
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        while not self._socket.poll(int(_POLL_SECONDS * 1000), zmq.POLLOUT):
+            # Nobody is there: not yet, or not any more.
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise EngineEnded(self._wait_for_end())
+        self._socket.send_multipart(message, zmq.DONTWAIT)
 
     def _wait_for_end(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

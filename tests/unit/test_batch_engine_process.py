@@ -67,6 +67,14 @@ def test_requests_and_answers(start: Start) -> None:
     assert engine._process.returncode == 0
 
 
+def test_requests_sent_before_the_process_is_there(start: Start) -> None:
+    """An engine that is started again gets what the dead one has left at once."""
+    engine = start("good")
+    engine.start()
+    engine.send(request(1))
+    assert [answer.line for answer in receive(engine, 1)] == [1]
+
+
 def test_a_wrong_flag(start: Start) -> None:
     with pytest.raises(SidpUsageError, match="unrecognized arguments: --foo"):
         start("usage").settings(no_signal)
