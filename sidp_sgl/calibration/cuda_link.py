@@ -66,9 +66,9 @@ class CudaSentRows(SentRows):
         here, there = torch.cuda.current_stream(self._rank), self._streams[owner]
         there.wait_stream(here)
         with torch.cuda.stream(there):
+            # A copy runs on the current stream of its source, and that of its target waits for it.
             answer = result.to(f"cuda:{owner}", non_blocking=True).add_(0)
-        here.wait_stream(there)
-        return answer.to(rows.device, non_blocking=True)
+            return answer.to(rows.device, non_blocking=True)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._rank)

@@ -29,6 +29,10 @@ class CpuDevice:
         run()
         return time.perf_counter() - started
 
+    def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """`run` as a step does it."""
+        return run
+
     def fetches(
         self, meeting: str, rank: int, num_ranks: int, num_bytes: int, link_gbps: float | None
     ) -> Fetches:
@@ -58,6 +62,15 @@ class CudaDevice:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+    def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """`run` as a CUDA graph, as decode steps are: launches from Python take longer."""
+        run()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
 
     def fetches(
         self, meeting: str, rank: int, num_ranks: int, num_bytes: int, link_gbps: float | None

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sidp_sgl.calibration.environment import environment
 from sidp_sgl.calibration.points import StepPoint
 
@@ -43,7 +45,7 @@ def measure_steps(
                             for _ in range(2)
                         )
                         points.append(StepPoint(depth, batch, prompt + _STEPS / 2, seconds))
-    return points, _device_memory()
+    return points, _free_memory(device)
 
 
 def with_depth(config: dict[str, Any], depth: int) -> dict[str, Any]:
@@ -126,7 +128,10 @@ def _tokens(count: int, length: int, vocab_size: int) -> Iterator[list[int]]:
         yield [_SPECIAL + (number * 7919 + place * (number + 1)) % span for place in range(length)]
 
 
-def _device_memory() -> int:
-    from sglang.srt.platforms import current_platform
+def _free_memory(device: str) -> int:
+    """Bytes that a rank finds before it loads weights."""
+    if device == "cpu":  # what the platform pretends, or its share of the machine
+        from sglang.srt.platforms import current_platform
 
-    return int(current_platform.get_device_total_memory())
+        return int(current_platform.get_device_total_memory())
+    return int(torch.cuda.mem_get_info(0)[0])

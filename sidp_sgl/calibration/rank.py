@@ -121,7 +121,7 @@ class RankMeasuring:
                     for one in weight:
                         linear(rows, one)
 
-                (seconds,) = self._times(run)
+                (seconds,) = self._times(self._device.captured(run))
                 points.append(GemmPoint(rows, in_width, out_width, seconds / copies))
         return points
 
