@@ -5,11 +5,11 @@ What a peer has to know beside the handle travels in a memfd, so that every offe
 same two file descriptors, whatever the kind.
 """
 
+import json
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 import torch
 
 from sidp_sgl.weightpool.cuda_driver import CudaDriver, CudaError, HandleKind
@@ -91,7 +91,7 @@ class SharedMemory:
     ) -> None:
         self.kind, self.address, self._handle, self._mapped = kind, address, handle, mapped
         about_fd = os.memfd_create("sidp-cuda", os.MFD_CLOEXEC)
-        os.pwrite(about_fd, orjson.dumps(about), 0)
+        os.pwrite(about_fd, json.dumps(about).encode(), 0)
         self._fds = [about_fd, os.dup(about_fd) if fd is None else fd]
 
     @property
@@ -127,7 +127,7 @@ class PeerMemory:
         self._driver = driver
         about_fd, memory_fd = file_descriptors
         try:
-            about = orjson.loads(os.pread(about_fd, os.fstat(about_fd).st_size, 0))
+            about = json.loads(os.pread(about_fd, os.fstat(about_fd).st_size, 0))
             self.num_bytes: int = about["num_bytes"]
             self.has_atomics = check_peer(driver, peer, about["gpu"])
             self._kind = HandleKind(about["kind"])

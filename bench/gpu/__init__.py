@@ -1,0 +1,1 @@
+"""What is verified and measured on the first GPU that comes: `python -m bench.gpu.verify`."""

@@ -1,0 +1,203 @@
+"""CaS on the GPU: the right rows between processes, and the time of a round trip within one, where
+two ranks' kernels really run at the same time."""
+
+import os
+import time
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from bench.gpu.device import Gpu
+from bench.gpu.models import DECODERS, scaled
+from bench.gpu.ranks import Rank, run_ranks
+from sidp_sgl.kernels import flags
+from sidp_sgl.weightpool.compute_group import ComputeGroup
+from sidp_sgl.weightpool.cuda_calls import CudaCalls
+from sidp_sgl.weightpool.pooled_unit import PooledUnit
+from sidp_sgl.weightpool.staging import make_staging
+
+ROUND_TRIP_TARGET = 20e-6  # seconds beyond the GEMM
+_STEPS, _WIDTH = 100, 256
+
+
+def _unit(number: int, width: int, dtype: torch.dtype, compute: Any) -> PooledUnit:
+    return PooledUnit(
+        number, number, True, width, width, dtype, compute, compute, lambda rows: rows
+    )
+
+
+def _whole_numbers(gpu: Gpu, seed: int, rows: int) -> torch.Tensor:
+    """[rows, width] float32 whose products and sums are exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 8, (rows, _WIDTH), generator=generator).float().to(gpu.device)
+
+
+def _correct(rank: Rank, gpu: Gpu) -> dict[str, Any]:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    weights = [_whole_numbers(gpu, 100 + number, _WIDTH) for number in range(rank.num_ranks)]
+    units = [
+        _unit(number, _WIDTH, torch.float32, lambda rows, w=weight: rows @ w)
+        for number, weight in enumerate(weights)
+    ]
+    staging = make_staging((unit.row_bytes for unit in units), rank.num_ranks)
+    sizes = staging.inbox_bytes, staging.results_bytes
+    calls = CudaCalls(gpu.driver(), rank.number, rank.num_ranks, *sizes)
+    for peer, (_, descriptors) in rank.exchange(None, calls.export()).items():
+        calls.connect(peer, descriptors)
+    group = ComputeGroup(calls, staging, [units[rank.number]], lambda start, end: None)
+    group.service.start()
+    rank.barrier()
+    places = {
+        owner: 64 * ((rank.number - owner - 1) % rank.num_ranks)
+        for owner in range(rank.num_ranks)
+        if owner != rank.number
+    }
+    wrong, started = 0, time.perf_counter()
+    for step in range(_STEPS):
+        num_rows = 1 + step % 9
+        group.remote.begin_step(places, num_rows)
+        for owner in places:
+            rows = _whole_numbers(gpu, 10 * step + rank.number, num_rows)
+            result = group.remote.call(owner, units[owner], rows)
+            wrong += result is None or not torch.equal(result, rows @ weights[owner])
+        group.remote.end_step()
+    seconds = (time.perf_counter() - started) / _STEPS / len(places)
+    rank.barrier()
+    counters = group.counters()
+    group.service.close()
+    rank.barrier()
+    calls.close()
+    served, sent = counters["rows_served"], counters["rows_sent"]
+    return {"wrong": wrong, "sent": sent, "served": served, "seconds_per_call": seconds}
+
+
+def correct(gpu: Gpu) -> dict[str, Any]:
+    """Three ranks send rows to each other, each serving while it sends."""
+    ranks = run_ranks(gpu, 3, _correct)
+    sent, served = (sum(rank[name] for rank in ranks) for name in ("sent", "served"))
+    return {
+        "wrong": [rank["wrong"] for rank in ranks],
+        "rows_sent": sent,
+        "rows_served": served,
+        "seconds_per_call": max(rank["seconds_per_call"] for rank in ranks),
+        "ok": not any(rank["wrong"] for rank in ranks) and sent == served > 0,
+        "note": "processes on one GPU take turns on it: the time is not that of two GPUs",
+    }
+
+
+def _ffn(gpu: Gpu) -> tuple[int, Any]:
+    decoder = scaled(DECODERS[0], gpu.scale)
+    shape = 2 * decoder.intermediate, decoder.hidden
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": gpu.device}
+    up = torch.randn(*shape, **options) * 0.02
+    down = torch.randn(decoder.hidden, decoder.intermediate, **options) * 0.02
+
+    def compute(rows: torch.Tensor) -> torch.Tensor:
+        gate, value = functional.linear(rows, up).chunk(2, dim=-1)
+        return functional.linear(functional.silu(gate) * value, down)
+
+    return decoder.hidden, compute
+
+
+def _by_host(gpu: Gpu, width: int, compute: Any, rows: torch.Tensor) -> tuple[float, bool]:
+    """Seconds of a call as the engine makes it today: hosts wait, one thread each."""
+    unit = _unit(0, width, torch.bfloat16, compute)
+    staging = make_staging([unit.row_bytes], 2)
+    sizes = staging.inbox_bytes, staging.results_bytes
+    ends = [CudaCalls(gpu.driver(), number, 2, *sizes) for number in range(2)]
+    for number, end in enumerate(ends):
+        end.connect(1 - number, [os.dup(fd) for fd in ends[1 - number].export()])
+    groups = [
+        ComputeGroup(end, staging, owned, lambda start, stop: None)
+        for end, owned in zip(ends, ([], [unit]), strict=True)
+    ]
+    groups[1].service.start()
+    groups[0].remote.begin_step({1: 0}, len(rows))
+    times, result = [], None
+    for _ in range(50):
+        started = time.perf_counter()
+        result = groups[0].remote.call(1, unit, rows)
+        gpu.synchronize()
+        times.append(time.perf_counter() - started)
+    is_right = result is not None and torch.allclose(result, compute(rows), rtol=0.05, atol=0.05)
+    groups[1].service.close()
+    for end in ends:
+        end.close()
+    return sorted(times)[len(times) // 2], is_right
+
+
+def _by_flags(gpu: Gpu, compute: Any, rows: torch.Tensor) -> tuple[float, int]:
+    """Seconds of a call whose doorbells are flag kernels, both sides in graphs on two streams: what
+    captured service graphs could reach. Returns the error word as well."""
+    words = torch.zeros(5, 32, dtype=torch.int64, device=gpu.device)
+    asked, asked_seen, done, done_seen, error = (words[number, :1] for number in range(5))
+    inbox, result, calls = torch.empty_like(rows), torch.empty_like(rows), 20
+
+    def request() -> None:
+        for _ in range(calls):
+            inbox.copy_(rows)
+            flags.signal(asked)
+            flags.wait(done, done_seen, error, 1, 1.0)
+
+    def serve() -> None:
+        for _ in range(calls):
+            flags.wait(asked, asked_seen, error, 2, 1.0)
+            result.copy_(compute(inbox))
+            flags.signal(done)
+
+    def warm() -> None:  # both sides on one stream: no side waits for the other
+        inbox.copy_(rows)
+        flags.signal(asked)
+        flags.wait(asked, asked_seen, error, 2, 1.0)
+        result.copy_(compute(inbox))
+        flags.signal(done)
+        flags.wait(done, done_seen, error, 1, 1.0)
+
+    warm()
+    gpu.synchronize()
+    requester, server = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(requester):
+        request()
+    with torch.cuda.graph(server):
+        serve()
+    side = torch.cuda.Stream(priority=-1)
+
+    def run() -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            server.replay()
+        requester.replay()
+        torch.cuda.current_stream().wait_stream(side)
+
+    seconds = gpu.seconds(run) / calls
+    gpu.synchronize()
+    return seconds, int(error)
+
+
+def round_trip(gpu: Gpu) -> dict[str, Any]:
+    """One FFN of Qwen3-32B computed by its owner, beside the same computed here."""
+    with torch.inference_mode():
+        width, compute = _ffn(gpu)
+        result: dict[str, Any] = {"microseconds": {}}
+        is_right, errors, beyond = True, 0, []
+        for num_rows in (1, 16, 64):
+            rows = torch.randn(num_rows, width, dtype=torch.bfloat16, device=gpu.device)
+            here = gpu.seconds(gpu.capture(lambda rows=rows: compute(rows)))
+            by_host, right = _by_host(gpu, width, compute, rows)
+            by_flags, error = _by_flags(gpu, compute, rows)
+            is_right, errors = is_right and right, errors + error
+            beyond.append(by_flags - here)
+            times = {"computed here": here, "by hosts": by_host, "by flags": by_flags}
+            result["microseconds"][f"{num_rows} rows"] = {
+                name: round(1e6 * seconds, 1) for name, seconds in times.items()
+            }
+    target_met = max(beyond) <= ROUND_TRIP_TARGET
+    return {
+        **result,
+        "target": f"at most {1e6 * ROUND_TRIP_TARGET:.0f} us beyond the GEMM",
+        "target_met": target_met,
+        "error_words": errors,
+        "ok": is_right and errors == 0,
+        "note": "two streams of one process; by hosts is what the engine does",
+    }

@@ -1,0 +1,57 @@
+"""A GPU as the checks see it; the tests put one in its place that needs no hardware."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from sidp_sgl.weightpool.cuda_driver import CudaDriver
+from sidp_sgl.weightpool.libcuda import LibCuda
+
+
+class Gpu:
+    """PyTorch's current device. `scale` shrinks sizes; `in_processes`: ranks are processes."""
+
+    scale = 1.0
+    in_processes = True
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def driver(self) -> CudaDriver:
+        """A new one, as every rank opens it."""
+        return LibCuda()
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """Enqueue `work` on the current stream."""
+        work()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def capture(self, step: Callable[[], object]) -> Callable[[], None]:
+        """Run `step` twice, as SGLang does, and capture it; returns the graph's replay."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+        return graph.replay
+
+    def seconds(self, run: Callable[[], object], repeats: int = 10) -> float:
+        """Median time of one `run` on the device, after one to warm up."""
+        run()
+        times = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        return statistics.median(times)
