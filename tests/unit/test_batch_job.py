@@ -16,7 +16,7 @@ from sidp_sgl.batch.errors import Interrupted, JobError
 from sidp_sgl.batch.input import InputFile
 from sidp_sgl.batch.job import Job, Limits, in_input_order
 from sidp_sgl.batch.output import OutputFile
-from sidp_sgl.batch.progress import EngineStatus, Progress, Tally
+from sidp_sgl.batch.progress import Progress, Tally
 from sidp_sgl.batch.request import Request
 from sidp_sgl.batch.resume import Done
 from tests.support.jobs import FakeEngine, line, records, write_lines
@@ -223,28 +223,6 @@ def test_stopped_by_a_signal(tmp_path: Path) -> None:
     assert len(records(tmp_path / "out")) == 4 * 8
     Run(tmp_path).start([FakeEngine()])
     assert_complete(tmp_path, 100)
-
-
-def test_progress_lines() -> None:
-    """Off a terminal a line every half minute: speed, time left, modes, KV."""
-    now = 0.0
-    text = io.StringIO()
-    tally = Tally(num_requests=1000, num_before=100)
-    progress = Progress(tally, text, lambda: now)
-    progress.tick()
-    for _ in range(61):
-        now += 1.0
-        tally.finished += 5
-        tally.completion_tokens += 50
-        tally.status = EngineStatus(90, 10, 0.5)
-        progress.tick()
-    first, second, third = text.getvalue().splitlines()
-    assert first == "sidp-sgl run-batch: waiting for the engine"
-    assert second.startswith("sidp-sgl run-batch: 255 of 1,000 (25.5%), 52 tokens/s")
-    assert third.endswith("51 tokens/s, 01:59 left, WaS 90% CaS 10%, KV 50%")
-    tally.engine_ended()
-    tally.status = EngineStatus(0, 100, None)
-    assert tally.mode_mix() == "WaS 45% CaS 55%"
 
 
 def peak_bytes(folder: Path, number: int) -> int:
