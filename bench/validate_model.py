@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,45 +24,25 @@ from bench.demo_job import make_prompts
 from bench.record import record
 from bench.side import Side
 from bench.tables import markdown, plain, put_into
+from bench.validation_table import BAND, Row, summary, table
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import ModelShape, load_model
 from sidp_sgl.planner.simulator import Request, Settings, simulate
-from sidp_sgl.planner.time_model import Work
 from sidp_sgl.planner.weights import Split, block_bytes
 from sidp_sgl.weightpool.staging import ROWS_PER_RANK
 from tests.support.checkpoints import write_checkpoint
 
 LAYERS, HIDDEN, INTERMEDIATE = 16, 256, 1024
 SIDES = ("plain", "was", "cas", "auto")
+MANY_RANKS = 4  # from here on auto stands for both modes: engines take long to start
 BATCHES = (1, 4, 16, 48)
 STEPS = 28  # decode steps of a run
 REPEATS = 2
 FETCH_OVER_STEP = 3.0  # fetches of a step over the step of a plain rank at batch 1
 JOB = (48, 32, 64)  # requests per rank, their input and output tokens
-BAND = 0.2  # relative error
 DEVICE_MEMORY = "256MB"
 MiB = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One prediction; step times in milliseconds, throughput in tokens per second."""
-
-    ranks: int
-    what: str
-    side: str
-    batch: int | None
-    predicted: float
-    measured: float
-
-    @property
-    def error(self) -> float:
-        return self.predicted / self.measured - 1
-
-    @property
-    def agrees(self) -> bool:
-        return abs(self.error) <= BAND
 
 
 def fetched_bytes(shape: ModelShape, num_ranks: int) -> int:
@@ -96,41 +75,42 @@ class Validation:
     def __init__(self, model: Path, num_ranks: int, args: argparse.Namespace) -> None:
         self.model, self.num_ranks, self.args = model, num_ranks, args
         self.shape = load_model(str(model))
-        self.sides: dict[str, Side] = {}
+        single = {"was", "cas"} if num_ranks >= MANY_RANKS else set()
+        self.names = [name for name in args.sides if name not in single]
         self.rows: list[Row] = []
+        self.gbps = 0.0
+        self.thresholds: dict[str, Any] = {}
 
     def run(self, folder: Path) -> dict[str, Any]:
-        with ExitStack() as stack:
-            first = self._start(stack, "plain", {})
-            step = min(self._step(first, 1) for _ in range(3))
-            gbps = fetched_bytes(self.shape, self.num_ranks) / (FETCH_OVER_STEP * step) / 1e9
-            file = folder / f"calibration-{self.num_ranks}.json"
-            calibration = calibrate(self.model, self.num_ranks, gbps, file)
-            machine = Machine.from_json(file)
-            for name in self.args.sides[1:]:
-                more = {"sidp": True, "sidp_mode": name, "sidp_link_gbps": gbps}
-                if name == "auto":
-                    more["sidp_calibration"] = str(file)
-                self._start(stack, name, more)
-            thresholds = self._thresholds_at_start() if "auto" in self.sides else {}
-            self._compare_steps(machine)
-            self._compare_jobs(machine)
-            if "auto" in self.sides:
-                thresholds |= self._compare_threshold(machine)
+        """One engine at a time: none takes memory or cores from another, or from calibrating."""
+        measured: dict[str, dict[str, Any]] = {}
+        with self._side("plain", {}) as side:
+            step = min(self._step(side, 1) for _ in range(3))
+            measured["plain"] = self._measure("plain", side)
+        self.gbps = fetched_bytes(self.shape, self.num_ranks) / (FETCH_OVER_STEP * step) / 1e9
+        file = folder / f"calibration-{self.num_ranks}.json"
+        calibration = calibrate(self.model, self.num_ranks, self.gbps, file)
+        for name in self.names[1:]:
+            more = {"sidp": True, "sidp_mode": name, "sidp_link_gbps": self.gbps}
+            if name == "auto":
+                more["sidp_calibration"] = str(file)
+            with self._side(name, more) as side:
+                measured[name] = self._measure(name, side)
+        self._compare(Machine.from_json(file), measured)
         return {
             "ranks": self.num_ranks,
-            "link_gbps": gbps,
+            "link_gbps": self.gbps,
             "machine": calibration["machine"],
             "points": calibration["points"],
-            "thresholds": thresholds,
+            "thresholds": self.thresholds,
             "rows": [
                 {**dataclasses.asdict(row), "error": row.error, "agrees": row.agrees}
                 for row in self.rows
             ],
         }
 
-    def _start(self, stack: ExitStack, name: str, more: dict[str, Any]) -> Side:
-        print(f"{self.num_ranks} ranks: starting {name}", file=sys.stderr)
+    def _side(self, name: str, more: dict[str, Any]) -> Side:
+        print(f"{self.num_ranks} ranks: {name}", file=sys.stderr)
         keywords = {
             "model_path": str(self.model),
             "dp_size": self.num_ranks,
@@ -139,72 +119,55 @@ class Validation:
             **more,
         }
         environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": DEVICE_MEMORY}
-        self.sides[name] = stack.enter_context(Side(name, environment, keywords))
-        return self.sides[name]
+        return Side(name, environment, keywords)
 
     def _step(self, side: Side, batch: int) -> float:
         return run_steps(side, batch, STEPS, list(range(self.num_ranks)), self.args.seed).seconds
 
-    def _thresholds_at_start(self) -> dict[str, Any]:
-        """What the ranks of auto take from the file, before they have learnt."""
-        run_batch(self.sides["auto"], 1, 6, list(range(self.num_ranks)), self.args.seed)
-        states = self.sides["auto"].states()
-        return {"at_start": [state["sidp"]["batch_threshold"] for state in states]}
-
-    def _compare_steps(self, machine: Machine) -> None:
-        context = INPUT_TOKENS + STEPS / 2
-        threshold = deployment(self.shape, machine, self.num_ranks, "auto").group.threshold(
-            context, ROWS_PER_RANK
-        )
+    def _measure(self, name: str, side: Side) -> dict[str, Any]:
+        """Seconds of a step by batch, and tokens per second of the job; medians of repeats."""
+        ranks, seed = list(range(self.num_ranks)), self.args.seed
+        if name == "auto":  # before it has learnt
+            run_batch(side, 1, 6, ranks, seed)
+            self.thresholds["at_start"] = _thresholds(side)
+        steps = {}
         for batch in self.args.batches:
-            for name, side in self.sides.items():
-                if name == "auto":  # it learns: also from what the runs before were
-                    run_batch(side, batch, 48, list(range(self.num_ranks)), self.args.seed)
-                measured = statistics.median(self._step(side, batch) for _ in range(REPEATS))
-                predicted = deployment(self.shape, machine, self.num_ranks, name).decode_seconds(
-                    batch, context, threshold
-                )
-                self._add("step, ms", name, batch, 1e3 * predicted, 1e3 * measured)
-
-    def _compare_jobs(self, machine: Machine) -> None:
+            # Uncounted: auto learns, the others get warm.
+            run_batch(side, batch, 48 if name == "auto" else 8, ranks, seed)
+            steps[batch] = statistics.median(self._step(side, batch) for _ in range(REPEATS))
         per_rank, input_len, output_len = JOB
-        count = per_rank * self.num_ranks
-        requests = [
-            Request(n, 0.0, input_len, output_len, max_new_tokens=output_len) for n in range(count)
-        ]
-        prompts = make_prompts(count, input_len, self.args.seed)
+        prompts = make_prompts(per_rank * self.num_ranks, input_len, seed)
         sampling = {"temperature": 0, "max_new_tokens": output_len, "ignore_eos": True}
-        placed = [n % self.num_ranks for n in range(count)]
-        for name, side in self.sides.items():
-            measured = [
-                side.run(prompts, sampling, ranks=placed).tokens_per_second for _ in range(REPEATS)
-            ]
-            report = simulate(
-                deployment(self.shape, machine, self.num_ranks, name),
-                requests,
-                settings=Settings(ignore_eos=True),
-            )
-            predicted = report.tokens_per_second
-            self._add("job, tokens/s", name, None, predicted, statistics.median(measured))
+        job = [
+            side.run(prompts, sampling, ranks=ranks * per_rank).tokens_per_second
+            for _ in range(REPEATS)
+        ]
+        if name == "auto":
+            self.thresholds["learnt"] = _thresholds(side)
+        return {"steps": steps, "tokens_per_second": statistics.median(job)}
 
-    def _compare_threshold(self, machine: Machine) -> dict[str, Any]:
-        """The model's own against what the engine has learnt by now."""
-        states = self.sides["auto"].states()
-        learnt = [state["sidp"]["batch_threshold"] for state in states]
+    def _compare(self, machine: Machine, measured: dict[str, dict[str, Any]]) -> None:
+        context = INPUT_TOKENS + STEPS / 2
         group = deployment(self.shape, machine, self.num_ranks, "auto").group
-        predicted = group.threshold(INPUT_TOKENS + STEPS / 2, ROWS_PER_RANK)
-        self._add("threshold", "auto", None, predicted, statistics.fmean(learnt))
-        plain_steps = {r.batch: r.measured for r in self.rows if r.side == "plain" and r.batch}
-        return {
-            "learnt": learnt,
-            "predicted": predicted,
-            "fetch_ms": 1e3 * group.fetch_seconds,
-            "plain_steps_ms": plain_steps,
-            "compute_ms": {
-                batch: 1e3 * group.rank.compute_seconds(Work.decode(batch, INPUT_TOKENS))
-                for batch in self.args.batches
-            },
-        }
+        threshold = group.threshold(context, ROWS_PER_RANK)
+        for batch in self.args.batches:
+            for name, seen in measured.items():
+                model = deployment(self.shape, machine, self.num_ranks, name)
+                said = model.decode_seconds(batch, context, threshold)
+                self._add("step, ms", name, batch, 1e3 * said, 1e3 * seen["steps"][batch])
+        per_rank, input_len, output_len = JOB
+        requests = [
+            Request(number, 0.0, input_len, output_len, max_new_tokens=output_len)
+            for number in range(per_rank * self.num_ranks)
+        ]
+        for name, seen in measured.items():
+            model = deployment(self.shape, machine, self.num_ranks, name)
+            said = simulate(model, requests, settings=Settings(ignore_eos=True)).tokens_per_second
+            self._add("job, tokens/s", name, None, said, seen["tokens_per_second"])
+        if "auto" in measured:
+            self.thresholds |= {"predicted": threshold, "fetch_ms": 1e3 * group.fetch_seconds}
+            learnt = statistics.fmean(self.thresholds["learnt"])
+            self._add("threshold", "auto", None, threshold, learnt)
 
     def _add(self, what: str, side: str, batch: int | None, said: float, seen: float) -> None:
         row = Row(self.num_ranks, what, side, batch, said, seen)
@@ -212,32 +175,9 @@ class Validation:
         print(f"  {what} {side} {batch or ''}: {said:.1f} for {seen:.1f}", file=sys.stderr)
 
 
-def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    heads = ["d", "what", "engine", "batch", "predicted", "measured", "error", "in the band"]
-    names = {"plain": "plain DP", "was": "WaS", "cas": "CaS", "auto": "auto"}
-    cells = [
-        [
-            str(row.ranks),
-            row.what,
-            names[row.side],
-            str(row.batch or ""),
-            f"{row.predicted:,.1f}",
-            f"{row.measured:,.1f}",
-            f"{row.error:+.0%}",
-            "yes" if row.agrees else "no",
-        ]
-        for row in rows
-    ]
-    return heads, cells
-
-
-def summary(rows: list[Row]) -> str:
-    inside = sum(row.agrees for row in rows)
-    errors = sorted(abs(row.error) for row in rows)
-    return (
-        f"{inside} of {len(rows)} within {BAND:.0%}; median error {statistics.median(errors):.0%}, "
-        f"largest {errors[-1]:.0%}."
-    )
+def _thresholds(side: Side) -> list[int]:
+    """Of every rank."""
+    return [state["sidp"]["batch_threshold"] for state in side.states()]
 
 
 def main() -> None:
