@@ -1,7 +1,8 @@
 """Writes the problems of the task `sums` from the demo model's arithmetic, as JSON lines.
 
 `sums.fewshot.jsonl`: training problems, for the header that all prompts share;
-`sums.test.jsonl`: held-out problems. Run it as `python -m examples.evaluation.make_data`.
+`sums.test.jsonl`: held-out problems; `sharegpt.json`: the same for SGLang's own benchmarks.
+Run it as `python -m examples.evaluation.make_data`.
 """
 
 import json
@@ -38,11 +39,15 @@ def rows(problems: Iterable[str]) -> Iterator[dict[str, Any]]:
 def files() -> dict[str, str]:
     """Name → content."""
     fewshot = islice(prompts(random.Random("few-shot"), held_out=False), NUM_FEWSHOT)
-    test = (problem for problem, _ in held_out_problems(NUM_TEST, seed=1))
-    return {
+    test = [problem for problem, _ in held_out_problems(NUM_TEST, seed=1)]
+    conversations = [
+        {"conversations": [{"value": problem}, {"value": solve(problem)}]} for problem in test
+    ]
+    lines = {
         f"sums.{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows(problems))
         for name, problems in (("fewshot", fewshot), ("test", test))
     }
+    return {**lines, "sharegpt.json": json.dumps(conversations, indent=0) + "\n"}
 
 
 def main() -> None:

@@ -77,3 +77,9 @@ def test_scores_and_answers_equal_plain_sglang(tmp_path: Path) -> None:
     assert "sidp:" not in plain.log
     fetched = [float(text) for text in re.findall(r"sidp: \w+, fetched ([\d.]+) MB", pooled.log)]
     assert sum(fetched) > 1.0
+
+
+def test_benchmarks_that_parse_their_flags_first_know_those_of_sidp() -> None:
+    command = [sys.executable, "-m", "sidp_sgl", "sglang.benchmark.offline_throughput", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "--sidp-pool" in ended.stdout and "--num-prompts" in ended.stdout
