@@ -61,7 +61,11 @@ class CudaTransport(Transport):
         return self._memory.data[_PORT_BYTES:]
 
     def empty(self, num_bytes: int) -> torch.Tensor:
-        return self.driver.empty(num_bytes)
+        memory = self.driver.empty(num_bytes)
+        # PyTorch may have reused memory that its own stream still works on; the copy stream does
+        # not wait for that.
+        self.driver.synchronize()
+        return memory
 
     def export(self) -> list[int]:
         assert self._memory is not None, "allocate first"
@@ -73,7 +77,8 @@ class CudaTransport(Transport):
         self._peers.append(peer)
         if peer.has_atomics:
             # 256 bytes each, so that kernels compiled for one owner's words take every owner's.
-            reader_words = self.driver.empty(ALIGNMENT).zero_().view(torch.int64)
+            reader_words = self.empty(ALIGNMENT).zero_().view(torch.int64)
+            self.driver.synchronize()  # the copy stream reads them, PyTorch's has zeroed them
             self._ports[owner] = Port(_port_words(peer.data), reader_words)
         else:
             logger.warning(

@@ -205,7 +205,7 @@ class LibCuda(CudaDriver):
         return event.value or 0
 
     def destroy_event(self, event: int) -> None:
-        self._call("cuEventDestroy_v2", c_void_p(event))
+        self._cuda.cuEventDestroy_v2(c_void_p(event))  # unchecked: also at the process's end
 
     def record(self, event: int, stream: int) -> None:
         self._call("cuEventRecord", c_void_p(event), c_void_p(stream))
