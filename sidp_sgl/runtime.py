@@ -37,7 +37,7 @@ from sidp_sgl.sglang_hooks.planned_times import planned_times
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.status import StatusHooks
 from sidp_sgl.sglang_hooks.waiting import WaitingRequests
-from sidp_sgl.weightpool.compute_group import ComputeGroup
+from sidp_sgl.weightpool.compute_group import ComputeGroup, no_counters
 from sidp_sgl.weightpool.devices import make_calls, make_transport
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.placement import owners
@@ -215,6 +215,6 @@ class Rank:
             },
             "cas": {
                 **self.control.cas_counters(),
-                **(self.cas.counters() if self.cas is not None else {}),
+                **(self.cas.counters() if self.cas is not None else no_counters()),
             },
         }

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sidp_sgl.weightpool.calls import Calls
-from sidp_sgl.weightpool.compute_service import ComputeService
+from sidp_sgl.weightpool.compute_service import ComputeService, ServiceCounters
 from sidp_sgl.weightpool.pooled_unit import PooledUnit
-from sidp_sgl.weightpool.remote import RemoteUnits
+from sidp_sgl.weightpool.remote import RemoteCounters, RemoteUnits
 from sidp_sgl.weightpool.staging import Staging
 
 
@@ -26,15 +26,23 @@ class ComputeGroup:
 
     def counters(self) -> dict[str, Any]:
         """What was sent and served; times in seconds."""
-        remote, service = self.remote.counters, self.service.counters
-        return {
-            "calls": remote.calls,
-            "rows_sent": remote.rows_sent,
-            "fallbacks": remote.fallbacks,
-            "wait_seconds": remote.wait_seconds,
-            "rows_served": service.rows_served,
-            "gemms": service.gemms,
-            "fused_gemms": service.fused_gemms,
-            "failed": service.failed,
-            "busy_seconds": service.busy_seconds,
-        }
+        return _as_dict(self.remote.counters, self.service.counters)
+
+
+def no_counters() -> dict[str, Any]:
+    """Those of a rank without a compute service."""
+    return _as_dict(RemoteCounters(), ServiceCounters())
+
+
+def _as_dict(remote: RemoteCounters, service: ServiceCounters) -> dict[str, Any]:
+    return {
+        "calls": remote.calls,
+        "rows_sent": remote.rows_sent,
+        "fallbacks": remote.fallbacks,
+        "wait_seconds": remote.wait_seconds,
+        "rows_served": service.rows_served,
+        "gemms": service.gemms,
+        "fused_gemms": service.fused_gemms,
+        "failed": service.failed,
+        "busy_seconds": service.busy_seconds,
+    }

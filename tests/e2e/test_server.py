@@ -52,10 +52,25 @@ def test_chat_completions(running: Server) -> None:
     assert "".join(deltas) == text
 
 
+STATUS = {
+    *("enabled", "dp_rank", "dp_size", "pool", "placement", "prefetch_order", "mode"),
+    *("batch_threshold", "mode_switches", "owned_layers", "pooled_bytes", "owned_bytes"),
+    *("replicated_bytes", "cache_slots", "cache_bytes", "checkpoint_bytes_read"),
+    *("kv_capacity_tokens", "kv_headroom_tokens", "running_batch_size", "waiting_requests"),
+}
+NESTED = {
+    "iterations": {"was", "cas"},
+    "was": {"fetches", "bytes", "stall_seconds"},
+    "cas": {"requests", "granted", "declined", "rows_sent", "rows_served", "fused_gemms"},
+}
+
+
 def test_server_info_shows_every_rank(running: Server) -> None:
     states = [state["sidp"] for state in running.get("/server_info")["internal_states"]]
     assert sorted(status["dp_rank"] for status in states) == [0, 1]
     for status in states:
+        assert STATUS | NESTED.keys() <= status.keys()
+        assert all(keys <= status[key].keys() for key, keys in NESTED.items())
         assert status["enabled"] and status["mode"] == "was"
         assert status["owned_bytes"] < status["pooled_bytes"]
         assert status["kv_headroom_tokens"] <= status["kv_capacity_tokens"]
