@@ -13,10 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bench.record import record
@@ -25,7 +26,9 @@ from tests.support.run_batch import RunBatch, demo_lines, run_batch, write_input
 from tests.support.traces import Traces
 
 NUM_SUMS = 1000
-NUM_EVENTS = {"process killed": 8, "rank killed": 6, "disk full": 6}
+STARTING = "process killed while the engine starts"
+NUM_EVENTS = {STARTING: 3, "process killed": 5, "rank killed": 6, "disk full": 6}
+LONGEST_START_SECONDS = 20.0  # until a kill in it
 RECORDS_BETWEEN = (3, 20)
 LONGEST_PAUSE_SECONDS = 0.3
 DISK_BYTES = 16 * 2**20
@@ -72,17 +75,18 @@ class Kills:
         running: RunBatch | None = None
         try:
             for name in names:
+                started = time.monotonic()
                 if running is None:
                     running = RunBatch(self._disk, *FLAGS, log=self.log)
-                started = time.monotonic()
-                number = running.num_records() + self._random.randint(*RECORDS_BETWEEN)
-                running.wait_for_records(number)
-                time.sleep(self._random.uniform(0, LONGEST_PAUSE_SECONDS))
+                elif name == STARTING:  # again, after the loss of a rank
+                    self._kill_rank(running)
+                self._wait(name, running)
                 if running.process.poll() is not None:
                     self.problems.append(f"the job has ended before event {len(self.events)}")
                     return
                 for rank in running.rank_processes():
-                    self._traces.remember(rank)
+                    with suppress(psutil.NoSuchProcess):
+                        self._traces.remember(rank)
                 is_running = self._strike(name, running)
                 self.events.append(
                     {
@@ -103,15 +107,22 @@ class Kills:
                 running.process.kill()
                 running.process.wait()
 
+    def _wait(self, name: str, running: RunBatch) -> None:
+        longest = LONGEST_PAUSE_SECONDS
+        if name == STARTING:
+            longest = LONGEST_START_SECONDS
+        else:
+            number = running.num_records() + self._random.randint(*RECORDS_BETWEEN)
+            running.wait_for_records(number)
+        time.sleep(self._random.uniform(0, longest))
+
     def _strike(self, name: str, running: RunBatch) -> bool:
         """Returns whether the job's process still runs."""
         if name == "rank killed":
-            while not (ranks := running.rank_processes()):
-                time.sleep(0.1)  # the engine is being started again
-            self._random.choice(ranks).kill()
+            self._kill_rank(running)
             running.wait_for_records(running.num_records() + 1)
             return True
-        if name == "process killed":
+        if name in ("process killed", STARTING):
             running.process.kill()
             running.wait()
             return False
@@ -123,9 +134,15 @@ class Kills:
         filler.unlink()
         return False
 
+    def _kill_rank(self, running: RunBatch) -> None:
+        while not (ranks := running.rank_processes()) and running.process.poll() is None:
+            time.sleep(0.1)  # the engine is being started again
+        self._random.choice(ranks).kill()
+
     def _look(self) -> int:
         """How many whole records there are; all that were there before must be."""
-        content = (self._disk / "out").read_bytes()
+        path = self._disk / "out"
+        content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         self.torn_ends += len(whole) < len(content)
         if not whole.startswith(self._finished):

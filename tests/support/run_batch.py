@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,12 @@ def text_of(record: dict[str, Any]) -> str:
     return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
+def is_rank(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()[0].startswith("sglang::scheduler")
+    return False
+
+
 class RunBatch:
     """One run of the command over FOLDER/in and FOLDER/out, in a session of its own."""
 
@@ -80,11 +86,13 @@ class RunBatch:
             time.sleep(0.02)
 
     def rank_processes(self) -> list[psutil.Process]:
-        """The ranks of the engine that runs now."""
+        """The ranks of the engine that runs now, once they have their names."""
+        found = []
         for child in psutil.Process(self.process.pid).children():
-            if PROGRAM in child.cmdline():
-                return [rank for rank in ranks(child.pid) if "scheduler" in rank.cmdline()[0]]
-        return []
+            with suppress(psutil.NoSuchProcess):  # gone meanwhile, or dead and still listed
+                if PROGRAM in child.cmdline():
+                    found += [rank for rank in ranks(child.pid) if is_rank(rank)]
+        return found
 
     def wait(self) -> int:
         return self.process.wait(WAIT_SECONDS)
