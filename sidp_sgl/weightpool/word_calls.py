@@ -19,6 +19,7 @@ from sidp_sgl.weightpool import shm_memory
 from sidp_sgl.weightpool.calls import Call, Calls, Outcome
 
 NUMBER, UNIT, OFFSET, ROWS, ANNOUNCED, ANSWERED, OUTCOME, ANSWERING = range(8)
+_SPIN_SECONDS, _LOOK_SECONDS = 1e-3, 50e-6  # then a core is left to others between two looks
 WORDS = 8  # per peer: five that it writes as requester, three that it writes as owner
 
 
@@ -97,7 +98,7 @@ class WordCalls(Calls):
             if left <= 0:
                 return Outcome.SILENT
             if words[first + ANSWERING] == number:  # the owner's GPU is at it
-                time.sleep(0)
+                _pause(seconds - left)
             elif self._answer_poll.poll(left * 1e3):
                 os.eventfd_read(self._own.answer_bell)
         return Outcome(words[first + OUTCOME])
@@ -107,7 +108,7 @@ class WordCalls(Calls):
         while not (calls := self._new_calls()):
             left = deadline - time.monotonic()
             if self._is_coming() and left > 0:
-                time.sleep(0)
+                _pause(seconds - left)
             elif is_rung or not self._call_poll.poll(max(left, 0.0) * 1e3):
                 return []
             else:
@@ -144,3 +145,8 @@ class WordCalls(Calls):
     def close(self) -> None:
         for bells in [self._own, *self._bells.values()]:
             bells.close()
+
+
+def _pause(waited: float) -> None:
+    """Between two looks at a word that a GPU is about to write; `waited`: seconds so far."""
+    time.sleep(0 if waited < _SPIN_SECONDS else _LOOK_SECONDS)
