@@ -7,6 +7,7 @@ that a slot is not overwritten in use, nor read before it is ready, is ensured b
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -54,7 +55,7 @@ class Prefetcher:
         self._blocks = blocks
         self._ticketed = ticketed
         self._next = 0  # position in schedule.order of the next fetch
-        self._plan: StepPlan | None = None  # while steps are replayed graphs
+        self._is_replayed = False  # whether the latest step was a graph
         self.slots = [
             Slot(
                 transport.empty(slot_bytes),
@@ -81,27 +82,42 @@ class Prefetcher:
             self._transport, self._schedule, self._blocks, slots, ticketed=self._ticketed
         )
 
+    @cached_property
+    def _plan(self) -> StepPlan:
+        return plan_step(self._schedule)
+
+    @cached_property
+    def _replayed_bytes(self) -> int:
+        """Fetched by one captured step."""
+        order = () if self._schedule.resident else self._schedule.order
+        return sum(self._blocks[layer].data.numel() for layer in order)
+
     def begin_replay(self) -> None:
-        """A captured step is about to be launched on the compute stream."""
-        order = self._schedule.order
-        if self._plan is None and order:
-            self._plan = plan_step(self._schedule)
-            entry = self._plan.entry.items()
-            if any(self.slots[slot].layer != layer for slot, layer in entry):
-                self._restart_at(order[0])
-            assert all(self.slots[slot].layer == layer for slot, layer in entry)
-            for number, slot in enumerate(self.slots):
-                self._transport.compute_stream.wait(slot.ready)
-                slot.layer = self._plan.entry.get(number)
-        if not self._schedule.resident:
-            self.counters.fetches += len(order)
-            self.counters.bytes += sum(self._blocks[layer].data.numel() for layer in order)
+        """A captured step is about to be launched on the compute stream. After the first of them
+        in a row there is nothing to do, whatever the number of layers."""
+        if not self._is_replayed:
+            self._is_replayed = True
+            self._prepare_replays()
+        if self._replayed_bytes:
+            self.counters.fetches += len(self._schedule.order)
+            self.counters.bytes += self._replayed_bytes
+
+    def _prepare_replays(self) -> None:
+        """Let the slots hold what a captured step begins with, once the compute stream is here."""
+        entry = self._plan.entry
+        if any(self.slots[slot].layer != layer for slot, layer in entry.items()):
+            self._restart_at(self._schedule.order[0])
+        assert all(self.slots[slot].layer == layer for slot, layer in entry.items())
+        for number, slot in enumerate(self.slots):
+            self._transport.compute_stream.wait(slot.ready)
+            slot.layer = entry.get(number)
 
     def _end_replays(self) -> None:
         """Go on from where the latest replayed step ends, once the compute stream gets there."""
-        if self._plan is None:
+        if not self._is_replayed:
             return
-        self._next, self._plan = self._plan.next_position, None
+        self._is_replayed = False
+        self._next = self._plan.next_position
         for slot in self.slots:
             slot.free = slot.layer is None
             self._transport.compute_stream.record(slot.released)

@@ -161,6 +161,23 @@ def test_graphs_and_eager_steps_follow_each_other(group: Group) -> None:
         assert result.wrong == []
 
 
+def test_replays_in_a_row_have_no_host_work() -> None:
+    def script(rank: RankUnderTest) -> None:
+        one_step(rank)
+        graph = capture(rank)
+        replay(rank, graph, seed=1)
+        driver, asked = driver_of(rank), []
+        for name in ("record", "wait", "copy", "run", "create_event"):
+            setattr(driver, name, lambda *_, name=name: asked.append(name))
+        for _ in range(3):
+            rank.pool.begin_replay()
+        assert asked == []
+
+    for rank, result in enumerate(run_group(Group(3, 8), script, transport_of)):
+        fetched = len(Group(3, 8).schedule(rank).order)
+        assert result.counters.fetches == fetched + 3 + 4 * fetched
+
+
 def wrong_uses(group: Group, fault: str) -> int:
     def script(rank: RankUnderTest) -> None:
         one_step(rank)
