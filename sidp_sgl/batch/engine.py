@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import zmq
 from sidp_sgl.batch.engine_process import FAILED, PARSED, START
 from sidp_sgl.batch.settings import settings_of
 from sidp_sgl.config import SidpError, SidpUsageError
+from sidp_sgl.scheduler.liveness import one_line
 
 _USAGE = 2  # exit code of a command line that is wrong
 # Of named semaphores: those of ranks that were killed stay, and are found by it.
@@ -50,7 +52,9 @@ def main(address: str, arguments: Sequence[str]) -> None:
             if socket.recv() != START:
                 return
             engine = _start(server_args)
-        except (SidpError, SystemExit) as error:
+        except (Exception, SystemExit) as error:
+            if not isinstance(error, SidpError | SystemExit):
+                traceback.print_exc()
             _tell_failure(socket, error)
             return
         from sidp_sgl.batch.serving import serve
@@ -65,7 +69,7 @@ def main(address: str, arguments: Sequence[str]) -> None:
 
 
 def _tell_failure(socket: zmq.Socket, error: BaseException) -> None:
-    reason = str(error) if isinstance(error, SidpError) else "see the error above"
+    reason = "see the error above" if isinstance(error, SystemExit) else one_line(error)
     is_usage = isinstance(error, SidpUsageError) or getattr(error, "code", None) == _USAGE
     content = {"reason": reason, "usage": is_usage}
     socket.send_multipart([FAILED, orjson.dumps(content)])
