@@ -1,30 +1,75 @@
-"""Many requests at once behind a shared prefix, on the trained demo model: identical text."""
+"""Many requests at once on the trained demo model: identical text behind a shared prefix, and what
+`--load-balance-method sidp` does: prefixes stay together, what waits moves, what is aborted is
+answered, `routed_dp_rank` is obeyed."""
 
+import asyncio
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sglang
 
 from bench.offline import run_job
-from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
+from examples.demo_model.arithmetic import (
+    few_shot_header,
+    final_answer,
+    held_out_problems,
+    solve,
+)
 from tests.support.engines import engine, environment, statuses
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
-SAMPLING = {"temperature": 0, "max_new_tokens": 96}
+DP_SIZE = 2
+DEVICE_MEMORY = "8MB"  # about six requests with a header fit into one rank's KV cache
 NUM_PROBLEMS = 96
+SAMPLING = {"temperature": 0, "max_new_tokens": 96}
 
 
-def test_many_requests_give_identical_text_and_right_answers() -> None:
+@pytest.fixture(scope="module")
+def running() -> Iterator[sglang.Engine]:
+    with (
+        environment(SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY),
+        engine(CHECKPOINT, dp_size=DP_SIZE, sidp=True) as started,
+    ):
+        yield started
+
+
+def run(running: sglang.Engine, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All at once; results in the order of the requests."""
+
+    async def everything() -> list[dict[str, Any]]:
+        calls = [running.async_generate(sampling_params=SAMPLING, **each) for each in requests]
+        return await asyncio.wait_for(asyncio.gather(*calls), 240)
+
+    running.flush_cache()
+    return running.loop.run_until_complete(everything())
+
+
+def dispatched(running: sglang.Engine) -> dict[str, Any]:
+    """What the controller says, once it has nothing in hand."""
+    found = statuses(running)[0]["dispatch"]
+    assert found["method"] == "sidp"
+    return found
+
+
+def texts(results: list[dict[str, Any]]) -> list[str]:
+    return [result["text"].strip() for result in results]
+
+
+def test_many_requests_give_identical_text_and_right_answers(running: sglang.Engine) -> None:
     header = few_shot_header(num_tokens_min=160)
     problems = held_out_problems(NUM_PROBLEMS)
     prompts = [header + prompt for prompt, _ in problems]
+    result = run_job(running, DP_SIZE, prompts, SAMPLING)
+    states = statuses(running)
     # Small devices: plain DP is short of KV, so the two sides run different batches.
-    with environment(SIDP_CPU_DEVICE_MEMORY="8.5MB"):
-        with engine(CHECKPOINT, dp_size=2) as plain:
-            expected = run_job(plain, 2, prompts, SAMPLING)
-        with engine(CHECKPOINT, dp_size=2, sidp=True) as pooled:
-            result = run_job(pooled, 2, prompts, SAMPLING)
-            states = statuses(pooled)
+    with (
+        environment(SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY),
+        engine(CHECKPOINT, dp_size=DP_SIZE) as plain,
+    ):
+        expected = run_job(plain, DP_SIZE, prompts, SAMPLING)
     assert result.outputs == expected.outputs
     right = [
         final_answer(output) == answer
@@ -37,12 +82,70 @@ def test_many_requests_give_identical_text_and_right_answers() -> None:
         assert status["placeholders_unmaterialised"] == 2 * (12 - len(status["owned_layers"]))
 
 
+def test_each_header_is_computed_by_few_ranks(running: sglang.Engine) -> None:
+    headers = [few_shot_header(seed, num_tokens_min=200) for seed in range(4)]
+    problems = held_out_problems(120)
+    requests = [{"prompt": headers[n % 4] + problem} for n, (problem, _) in enumerate(problems)]
+    before = dispatched(running)["sent"]
+    results = run(running, requests)
+    assert texts(results) == [solve(problem) for problem, _ in problems]
+    prompt, cached = (
+        sum(result["meta_info"][name] for result in results)
+        for name in ("prompt_tokens", "cached_tokens")
+    )
+    assert cached / prompt > 0.7, "round robin computes each header again and again"
+    assert dispatched(running)["sent"] - before == len(requests)
+    assert all(status["iterations"]["was"] > 10 for status in statuses(running))
+
+
+def test_a_request_goes_to_the_rank_that_its_user_wants(running: sglang.Engine) -> None:
+    header = few_shot_header(9, num_tokens_min=300)
+    problems = held_out_problems(12, seed=1)
+    before = [sum(status["iterations"].values()) for status in statuses(running)]
+    results = run(
+        running,
+        [{"prompt": header + problem, "routed_dp_rank": 1} for problem, _ in problems],
+    )
+    assert texts(results) == [solve(problem) for problem, _ in problems]
+    after = [sum(status["iterations"].values()) for status in statuses(running)]
+    assert after[0] == before[0] and after[1] > before[1]
+
+
+def test_what_is_aborted_while_it_waits_is_answered(running: sglang.Engine) -> None:
+    header = few_shot_header(7, num_tokens_min=300)
+    problems = held_out_problems(60, seed=2)
+    sampling = {**SAMPLING, "ignore_eos": True}
+
+    async def one(number: int, problem: str) -> str:
+        result = await running.async_generate(header + problem, sampling, rid=f"waits-{number}-")
+        return result["meta_info"]["finish_reason"]["type"]
+
+    async def everything() -> list[str]:
+        tasks = [asyncio.ensure_future(one(n, p)) for n, (p, _) in enumerate(problems)]
+        await asyncio.sleep(0.5)
+        for number in range(1, len(problems), 2):
+            running.tokenizer_manager.abort_request(f"waits-{number}-")
+        return await asyncio.wait_for(asyncio.gather(*tasks), 240)
+
+    before = dispatched(running)["sent"]
+    reasons = running.loop.run_until_complete(everything())
+    assert set(reasons[::2]) == {"length"}
+    assert "abort" in reasons[1::2], "some waited still"
+    assert dispatched(running)["sent"] - before == len(problems)
+    assert dispatched(running)["queued"] == 0
+
+
+def test_requests_moved_from_rank_to_rank_meanwhile(running: sglang.Engine) -> None:
+    """The jobs above end on one rank before the other, which then takes over what waits."""
+    assert dispatched(running)["moved"] > 0
+
+
 def test_checkpoint_is_small_enough_to_keep_in_the_repository() -> None:
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 10_000_000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nothing_left_in_shared_memory():
+def nothing_left_in_shared_memory() -> Iterator[None]:
     before = set(os.listdir("/dev/shm"))
     yield
     assert not [name for name in set(os.listdir("/dev/shm")) - before if "sidp" in name]
