@@ -100,9 +100,7 @@ class SidpConfig:
     @classmethod
     def flags(cls) -> dict[str, dict[str, Any]]:
         """Field name → argparse options of every user-visible field."""
-        return {
-            f.name: {"default": f.default, **f.metadata} for f in fields(cls) if f.metadata
-        }
+        return {f.name: {"default": f.default, **f.metadata} for f in fields(cls) if f.metadata}
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> "SidpConfig":

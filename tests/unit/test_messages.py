@@ -25,9 +25,7 @@ from sidp_sgl.scheduler.state import RankState
 counts = st.integers(0, 2**63)
 modes = st.sampled_from(["was", "cas"])
 seconds = st.floats(0, allow_infinity=False)
-states = st.builds(
-    RankState, *[counts] * 8, step_seconds=seconds, mode=modes
-)
+states = st.builds(RankState, *[counts] * 8, step_seconds=seconds, mode=modes)
 messages = st.one_of(
     st.builds(StateUpdate, states),
     st.builds(CasRequest, counts, counts, counts),
