@@ -22,8 +22,9 @@ _CLOSE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Copier:
-    """How blocks are copied: by the copy engine, or by a kernel with `programs` multiprocessors,
-    no faster than `bytes_per_second` unless that is 0; in slices of `slice_bytes` unless 0."""
+    """How blocks are copied: by the copy engine, or by a kernel with `programs` multiprocessors;
+    in slices of `slice_bytes` unless 0; no faster than `bytes_per_second` unless 0: a slice starts
+    when a link of that rate would be through with those before it."""
 
     programs: int = 0
     bytes_per_second: float = 0.0
@@ -81,6 +82,7 @@ class CudaCopyStream(CopyStream):
         self._ports = ports
         self._copier = copier
         self.handle = driver.create_stream()
+        self._clock = driver.empty(8).view(torch.int64)  # when the fetch began
 
     def record(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
@@ -91,19 +93,25 @@ class CudaCopyStream(CopyStream):
         self._driver.wait(self.handle, event.handle)
 
     def copy(self, target: torch.Tensor, source: PeerBlock) -> None:
-        size = self._copier.slice_bytes or target.numel()
+        assert target.numel() == source.data.numel(), "a block fits its slot"
+        rate, size = self._copier.bytes_per_second, self._copier.slice_bytes or target.numel()
+        if rate:
+            self._driver.run(self.handle, lambda: copies.mark(self._clock))
         for start in range(0, target.numel(), size):
-            piece = slice(start, start + size)
-            self._copy(target[piece], source.data[piece])
+            self._copy(target[start : start + size], source.data[start : start + size])
+            if rate:
+                self._pace(min(start + size, target.numel()) / rate)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        assert target.numel() == source.numel(), "a block fits its slot"
-        programs, rate = self._copier.programs, self._copier.bytes_per_second
+        programs = self._copier.programs
         if programs:
-            self._driver.run(self.handle, lambda: copies.copy(target, source, rate, programs))
+            self._driver.run(self.handle, lambda: copies.copy(target, source, 0.0, programs))
         else:
             addresses = target.data_ptr(), source.data_ptr()
             self._driver.copy(*addresses, target.numel(), self.handle)
+
+    def _pace(self, seconds: float) -> None:
+        self._driver.run(self.handle, lambda: copies.wait_until(self._clock, seconds))
 
     def take_turn(self, source: PeerBlock) -> None:
         if source.owner in self._ports:

@@ -6,6 +6,8 @@ from sidp_sgl.weightpool.shm_calls import ShmCalls
 from sidp_sgl.weightpool.staging import Staging
 from sidp_sgl.weightpool.transport import Transport
 
+PACED_SLICE = 16 << 20  # bytes; a fraction of a millisecond on the links of a GPU
+
 
 def make_transport(device: str, link_bytes_per_second: float | None) -> Transport:
     """For ranks on `device`, 'cpu' or 'cuda'; the rate paces every owner's link (cpu) or every
@@ -13,13 +15,13 @@ def make_transport(device: str, link_bytes_per_second: float | None) -> Transpor
     if device != "cuda":
         return ShmTransport(link_bytes_per_second)
     # Not above: Triton and the driver are asked for on GPUs only.
-    from sidp_sgl.kernels.copies import PROGRAMS
     from sidp_sgl.weightpool.cuda import CudaTransport
     from sidp_sgl.weightpool.cuda_streams import Copier
     from sidp_sgl.weightpool.libcuda import LibCuda
 
     rate = link_bytes_per_second
-    return CudaTransport(LibCuda, Copier() if rate is None else Copier(PROGRAMS, rate))
+    copier = Copier() if rate is None else Copier(bytes_per_second=rate, slice_bytes=PACED_SLICE)
+    return CudaTransport(LibCuda, copier)
 
 
 def make_calls(transport: Transport, rank: int, num_ranks: int, staging: Staging) -> Calls:

@@ -97,3 +97,19 @@ def test_a_paced_copy_is_no_faster_than_its_link(device: torch.device) -> None:
     copies.copy(target, source, 10e9)
     torch.cuda.synchronize()
     assert time.monotonic() - started >= 0.95 * source.numel() / 10e9
+
+
+def test_a_wait_for_a_timetable_ends(device: torch.device) -> None:
+    clock = torch.zeros(1, dtype=torch.int64, device=device)
+    for mark, wait in (
+        (copies.mark, copies.wait_until),
+        (copies.mark_reference, copies.wait_until_reference),
+    ):
+        started = time.monotonic()
+        mark(clock)
+        wait(clock, 0.02)
+        wait(clock, 0.01)  # behind its time already
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - started
+        assert seconds >= 0.019 or (device.type == "cpu" and mark is copies.mark)

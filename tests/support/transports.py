@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from sidp_sgl.weightpool.cuda import CudaTransport
-from sidp_sgl.weightpool.cuda_streams import CudaComputeStream
+from sidp_sgl.weightpool.cuda_streams import Copier, CudaComputeStream
 from sidp_sgl.weightpool.shm import ShmTransport
 from sidp_sgl.weightpool.transport import Transport
 from tests.support.fake_cuda import FakeCuda
@@ -28,9 +28,9 @@ class LaunchingStream(CudaComputeStream):
 class FakeCudaTransport(CudaTransport):
     """The CUDA transport over a driver without a GPU."""
 
-    def __init__(self, driver: FakeCuda | None = None) -> None:
+    def __init__(self, driver: FakeCuda | None = None, copier: Copier | None = None) -> None:
         self.fake = driver or FakeCuda()
-        super().__init__(lambda: self.fake)
+        super().__init__(lambda: self.fake, copier)
         self.__dict__["compute_stream"] = stream = LaunchingStream(self.fake)
         stream.driver = self.fake
 

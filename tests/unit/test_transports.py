@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from sidp_sgl.weightpool.cuda_streams import Copier
 from sidp_sgl.weightpool.transport import PeerBlock, Transport
-from tests.support.transports import KINDS, make_transport, same
+from tests.support.transports import KINDS, FakeCudaTransport, make_transport, same
 
 BYTES = 4096
 
@@ -137,3 +138,16 @@ def test_an_offer_is_two_descriptors_whatever_the_kind(kind: str) -> None:
     transport.allocate(BYTES)
     assert len(transport.export()) == 2
     transport.close()
+
+
+def test_slices_on_a_timetable_make_a_whole_block() -> None:
+    owner, reader = FakeCudaTransport(), FakeCudaTransport(copier=Copier(0, 1e5, 300))
+    memory = owner.allocate(BYTES).copy_(torch.arange(BYTES) % 251)
+    block = PeerBlock(7, reader.connect(7, [os.dup(fd) for fd in owner.export()]))
+    target, started = reader.empty(BYTES), time.monotonic()
+    reader.copy_stream.copy(target, block)
+    reader.copy_stream.synchronize()
+    assert same(target, memory)
+    assert time.monotonic() - started >= 0.98 * BYTES / 1e5
+    reader.close()
+    owner.close()
