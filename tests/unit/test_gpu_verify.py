@@ -67,6 +67,27 @@ def hang(check: verify.Check, results: Any) -> None:
     time.sleep(600)
 
 
+def test_results_are_written_beside_the_machine_they_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = {"cas": {"ok": True, "rows_sent": 3}, "engine": {"ok": None, "skipped": "no sglang"}}
+    failed = {"ok": False, "error": "it hangs", "trace": "long"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        verify, "run_check", lambda check, seconds: {**ends.get(check.name, failed), "seconds": 1.0}
+    )
+    output = tmp_path / "new" / "out.json"
+    assert verify.main(["--output", str(output)]) == 1
+    content = json.loads(output.read_text())
+    assert set(content["results"]) == {check.name for check in verify.CHECKS}
+    assert content["software"]["torch"] and content["software"]["triton"]
+    assert {"hardware", "command", "date"} <= set(content)
+    printed = capsys.readouterr().out
+    assert "skipped" in printed and "it hangs" in printed and "long" not in printed
+    assert verify.main(["--output", str(output), "--only", "cas", "--only", "engine"]) == 0
+    assert "nothing failed" in capsys.readouterr().out
+
+
 def test_handles_over_the_fake_driver() -> None:
     result = check_memory.handles(FakeGpu())
     assert result["ok"] and result["posix_fd"] == "right"

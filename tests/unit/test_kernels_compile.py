@@ -1,5 +1,5 @@
-"""Every kernel compiles for a GPU, which the interpreter does not show; and what the order of memory
-depends on is in the code."""
+"""Every kernel compiles for a GPU, which the interpreter does not show; and what the order of
+memory depends on is in the code."""
 
 from typing import Any
 
