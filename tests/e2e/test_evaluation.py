@@ -41,6 +41,7 @@ def evaluate(folder: Path, model_args: str) -> Evaluation:
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(folder / "hub"),
             "SIDP_CPU_DEVICE_MEMORY": "64MiB",
+            "OMP_NUM_THREADS": "1",
         },
         capture_output=True,
         text=True,
