@@ -28,6 +28,8 @@ def marked(group: str, directory: Path) -> Iterator[None]:
         "SPT_NOENV": "1",  # setproctitle would write over the environment that holds the mark
         # cuda.tile makes a temporary directory per process, which a killed process leaves.
         "CUDA_TILE_TEMP_DIR": os.environ.get("CUDA_TILE_TEMP_DIR", str(directory)),
+        # joblib, which comes with scikit-learn, would rename the semaphores that are found by name.
+        "JOBLIB_MULTIPROCESSING": "0",
     }
     before = {name: os.environ.get(name) for name in marks}
     # Named semaphores of a killed process stay: under this name they are found.
