@@ -8,7 +8,6 @@ lm_eval's sglang backend asserts that its `device` is a CUDA device, and hands t
 from typing import Any
 
 import sglang
-from lm_eval.__main__ import cli_evaluate
 from sglang.srt.entrypoints.engine import Engine
 
 
@@ -18,6 +17,8 @@ class CpuEngine(Engine):
 
 
 def main() -> None:
+    from lm_eval.__main__ import cli_evaluate  # not above: SGLang's processes import this file
+
     sglang.Engine = CpuEngine
     cli_evaluate()
 
