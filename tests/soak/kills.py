@@ -8,12 +8,10 @@ for a tmpfs); results in bench/results/kills.json.
 import argparse
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import psutil
 import pytest
 
 from bench.record import record
+from tests.soak.disk import fill, small_disk
 from tests.support.jobs import line, records
 from tests.support.run_batch import RunBatch, demo_lines, run_batch, write_input
 from tests.support.traces import Traces
@@ -31,29 +30,8 @@ NUM_EVENTS = {STARTING: 3, "process killed": 5, "rank killed": 6, "disk full": 6
 LONGEST_START_SECONDS = 20.0  # until a kill in it
 RECORDS_BETWEEN = (3, 20)
 LONGEST_PAUSE_SECONDS = 0.3
-DISK_BYTES = 16 * 2**20
 FLAGS = ("--max-in-flight", "16", "--max-restarts", "100", "--sidp-mode", "was")
 CLEAN_SECONDS = 20.0
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    folder.mkdir()
-    size = f"size={DISK_BYTES}"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def fill(disk: Path, num_free: int) -> Path:
-    """A file that leaves only so many bytes of the disk, in whole pages."""
-    path = disk / "filler"
-    free = os.statvfs(disk)
-    with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize - num_free)
-    return path
 
 
 class Kills:
