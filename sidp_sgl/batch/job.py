@@ -4,7 +4,7 @@ Room: batch. Knows neither sglang nor processes: an engine is what `start` retur
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,11 +42,6 @@ class Limits:
     max_bytes: int = 256 * 2**20  # of the lines of either
 
 
-def in_input_order(window: list[Request]) -> Iterable[Request]:
-    """The order in which a window's requests are sent."""
-    return window
-
-
 class Job:
     """One run over the requests that are not done yet."""
 
@@ -57,15 +52,14 @@ class Job:
         done: Done,
         progress: Progress,
         limits: Limits,
-        order: Callable[[list[Request]], Iterable[Request]] = in_input_order,
     ) -> None:
         self._requests = requests
         self._output = output
         self._done = done
         self._progress = progress
         self._limits = limits
-        self._order = order
-        self._next: deque[Request] = deque()  # ordered, not yet sent
+        # Not yet sent, in the order of the input: the engine's dispatch finds a better one.
+        self._next: deque[Request] = deque()
         self._in_flight: dict[int, Request] = {}  # by line
         self._bytes_in_flight = 0
 
@@ -111,7 +105,7 @@ class Job:
     def _fill(self, engine: Engine) -> None:
         while not self._is_full(len(self._in_flight), self._bytes_in_flight):
             if not self._next:
-                self._next.extend(self._order(self._read_window()))
+                self._next.extend(self._read_window())
             if not self._next:
                 return
             request = self._next.popleft()

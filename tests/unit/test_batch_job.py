@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from sidp_sgl.batch import duplicates
 from sidp_sgl.batch.errors import Interrupted, JobError
 from sidp_sgl.batch.input import InputFile
-from sidp_sgl.batch.job import Job, Limits, in_input_order
+from sidp_sgl.batch.job import Job, Limits
 from sidp_sgl.batch.output import OutputFile
 from sidp_sgl.batch.progress import Progress, Tally
-from sidp_sgl.batch.request import Request
 from sidp_sgl.batch.resume import Done
 from tests.support.jobs import FakeEngine, line, records, write_lines
 
@@ -84,28 +83,6 @@ def test_a_request_larger_than_the_window(tmp_path: Path) -> None:
     write_input(tmp_path, 5)
     Run(tmp_path, Limits(max_in_flight=50, max_restarts=0, max_bytes=1)).start([FakeEngine()])
     assert_complete(tmp_path, 5)
-
-
-def test_the_order_of_a_window(tmp_path: Path) -> None:
-    write_input(tmp_path, 40)
-    run = Run(tmp_path)
-    seen: list[int] = []
-
-    def longest_first(window: list[Request]) -> Iterable[Request]:
-        seen.append(len(window))
-        return reversed(window)
-
-    run.job._order = longest_first
-    engine = FakeEngine()
-    run.start([engine])
-    assert_complete(tmp_path, 40)
-    assert [request.line for request in engine.sent[:16]] == list(range(16, 0, -1))
-    assert [size for size in seen if size] == [16, 16, 8]
-
-
-def test_input_order_is_the_default() -> None:
-    window = [Request(n, str(n), "", b"", 0) for n in (1, 2, 3)]
-    assert list(in_input_order(window)) == window
 
 
 def test_a_dead_engine_is_replaced(tmp_path: Path) -> None:
