@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sglang
 
-from bench.offline import run_job
+from bench.offline import JobResult, run_job
 from examples.demo_model.arithmetic import (
     few_shot_header,
     final_answer,
@@ -27,8 +27,24 @@ NUM_PROBLEMS = 96
 SAMPLING = {"temperature": 0, "max_new_tokens": 96}
 
 
+def shared_prefix_job() -> list[str]:
+    header = few_shot_header(num_tokens_min=160)
+    return [header + prompt for prompt, _ in held_out_problems(NUM_PROBLEMS)]
+
+
 @pytest.fixture(scope="module")
-def running() -> Iterator[sglang.Engine]:
+def plain_job() -> JobResult:
+    """Plain DP on the same job. Small devices: it is short of KV, so it runs other batches."""
+    with (
+        environment(SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY),
+        engine(CHECKPOINT, dp_size=DP_SIZE) as plain,
+    ):
+        return run_job(plain, DP_SIZE, shared_prefix_job(), SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def running(plain_job: JobResult) -> Iterator[sglang.Engine]:
+    """After the plain one: an engine that shuts down ends all processes below this one."""
     with (
         environment(SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY),
         engine(CHECKPOINT, dp_size=DP_SIZE, sidp=True) as started,
@@ -58,22 +74,15 @@ def texts(results: list[dict[str, Any]]) -> list[str]:
     return [result["text"].strip() for result in results]
 
 
-def test_many_requests_give_identical_text_and_right_answers(running: sglang.Engine) -> None:
-    header = few_shot_header(num_tokens_min=160)
-    problems = held_out_problems(NUM_PROBLEMS)
-    prompts = [header + prompt for prompt, _ in problems]
-    result = run_job(running, DP_SIZE, prompts, SAMPLING)
+def test_many_requests_give_identical_text_and_right_answers(
+    plain_job: JobResult, running: sglang.Engine
+) -> None:
+    result = run_job(running, DP_SIZE, shared_prefix_job(), SAMPLING)
     states = statuses(running)
-    # Small devices: plain DP is short of KV, so the two sides run different batches.
-    with (
-        environment(SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY),
-        engine(CHECKPOINT, dp_size=DP_SIZE) as plain,
-    ):
-        expected = run_job(plain, DP_SIZE, prompts, SAMPLING)
-    assert result.outputs == expected.outputs
+    assert result.outputs == plain_job.outputs
     right = [
         final_answer(output) == answer
-        for output, (_, answer) in zip(result.outputs, problems, strict=True)
+        for output, (_, answer) in zip(result.outputs, held_out_problems(NUM_PROBLEMS), strict=True)
     ]
     assert sum(right) >= 0.95 * len(right)
     assert result.hit_rate > 0.5, "the radix cache must hold the header"
