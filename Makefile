@@ -1,9 +1,10 @@
 # One way to run everything; each target installs first what it needs, into .venv.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+E2E := not ray and not thorough
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test unit e2e test-ray soak kills bench lint format clean
+.PHONY: install demo test test-all unit e2e test-ray soak kills bench lint format clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -20,13 +21,17 @@ demo: install
 
 test: unit e2e
 
+# With the cases that make CI too long.
+test-all:
+	$(MAKE) test E2E="not ray"
+
 unit: install
 	$(PYTHON) -m pytest tests/unit
 	$(PYTHON) -m pytest tests/kernels
 
 # lm-evaluation-harness comes last: it brings scikit-learn, which slows every process's start.
 e2e: install
-	$(PYTHON) -m pytest tests/e2e -m "not ray" --ignore tests/e2e/test_evaluation.py
+	$(PYTHON) -m pytest tests/e2e -m "$(E2E)" --ignore tests/e2e/test_evaluation.py
 	PATH="$$PATH:$(VENV)/bin" uv pip install --quiet --python $(PYTHON) --editable '.[eval]'
 	$(PYTHON) -m pytest tests/e2e/test_evaluation.py
 

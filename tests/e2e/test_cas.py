@@ -170,7 +170,10 @@ def plain_texts() -> Iterator[list[str | None]]:
 
 @pytest.mark.parametrize(
     "mode,disturbances",
-    [("cas", ""), ("auto", "switch_every=4,decline=0.1,delay=0.05,delay_ms=20,seed=3")],
+    [
+        pytest.param("cas", "", marks=pytest.mark.thorough),
+        ("auto", "switch_every=4,decline=0.1,delay=0.05,delay_ms=20,seed=3"),
+    ],
 )
 def test_many_requests_with_aborts_give_the_same_texts(
     mode: str, disturbances: str, plain_texts: list[str | None]

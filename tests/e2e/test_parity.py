@@ -51,10 +51,12 @@ LLAMA, QWEN2, QWEN3 = Model("llama", 8, False), Model("qwen2", 7, True), Model("
 CASES = [
     Case(LLAMA, 2, "interleaved", "sequential", 1, "ffn"),
     Case(LLAMA, 3, "contiguous", "shifted", None, "linear"),
-    Case(LLAMA, 4, "contiguous", "ticketed", 3, "ffn"),
     Case(QWEN2, 4, "interleaved", "ticketed", None, "linear"),
     Case(QWEN2, 2, "contiguous", "ticketed", 4, "ffn"),
     Case(QWEN3, 4, "interleaved", "shifted", None, "ffn"),
+]
+THOROUGH = [
+    Case(LLAMA, 4, "contiguous", "ticketed", 3, "ffn"),
     Case(QWEN3, 3, "interleaved", "ticketed", 1, "linear"),
     Case(QWEN3, 2, "contiguous", "sequential", 2, "linear"),
 ]
@@ -97,7 +99,11 @@ def plain_sglang(model: Model, folder: Path) -> Plain:
     return _plain[model]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case[1:])))
+@pytest.fixture(
+    scope="module",
+    params=[*CASES, *(pytest.param(case, marks=pytest.mark.thorough) for case in THOROUGH)],
+    ids=lambda case: "-".join(map(str, case[1:])),
+)
 def pooled(request: Any, checkpoints: Path) -> Iterator[tuple[Case, Plain, Any]]:
     case = request.param
     plain = plain_sglang(case.model, checkpoints)
