@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import sglang
 
 from bench.offline import shut_down, start_engine
+from sidp_sgl.calibration.environment import environment
 
 DEVICE_MEMORY = "16MiB"
 
@@ -17,21 +18,6 @@ class Answer(NamedTuple):
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Environment variables for the engines started inside."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
