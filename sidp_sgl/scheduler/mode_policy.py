@@ -36,7 +36,7 @@ class ModePolicy:
     def decide(self, batch_size: int, threshold: int | None) -> str:
         """The mode of the next decode step.
 
-        `threshold`: the batch size from which WaS hides its fetches; None where unknown.
+        `threshold`: the batch size from which WaS is as fast as CaS; None where unknown.
         """
         if self._is_constant:
             return self.mode

@@ -11,7 +11,9 @@ from sidp_sgl.scheduler.mode_policy import CAS, WAS
 _WEIGHT = 0.1  # of a new observation in a moving average
 _BOUND_SHARE = 0.1  # a WaS step that stalls for more of its time is bound by its fetches
 _OUTLIER = 10.0  # times the estimate of a step: more than that is a disturbance, not its time
-_FORGET_STEPS = (50, 3200)  # WaS steps after which half of what CaS costs more is forgotten
+_FORGET_STEPS = (50, 3200)  # of one mode after which half of what the other costs is forgotten
+_NEAR = 0.05  # WaS may take longer than CaS by this part: it asks nothing of the owners
+_OTHER = {WAS: CAS, CAS: WAS}
 
 
 class StepTimes:
@@ -29,15 +31,14 @@ class StepTimes:
         # A larger batch that measured faster is noise, and would make the threshold ambiguous.
         self._seconds = list(accumulate((compute_seconds[size] for size in self._sizes), max))
         self._overheads: dict[str, float] = {}  # by mode, from its first observation on
-        self._forget_steps = _FORGET_STEPS[0]
-        self._was_steps = 0  # since the last CaS step, or since something was forgotten
+        self._forget_steps = dict.fromkeys(_OTHER, _FORGET_STEPS[0])  # by the forgotten mode
+        self._unseen_steps = dict.fromkeys(_OTHER, 0)  # since its last step, or since forgetting
 
     def overhead_seconds(self, mode: str) -> float:
         """What a step takes beyond the measured compute, without stalls: scheduling, longer
-        contexts, and in CaS the way to the owners. Below 0 where it takes less. A mode that was
-        not seen yet is taken to be like the other one."""
-        other = self._overheads.get(WAS if mode == CAS else CAS, 0.0)
-        return self._overheads.get(mode, other)
+        contexts, in CaS the way to the owners, in WaS what copies take from the compute beside
+        them. Below 0 where it takes less. A mode that was not seen yet is like the other one."""
+        return self._overheads.get(mode, self._overheads.get(_OTHER[mode], 0.0))
 
     def observe(self, mode: str, batch_size: int, seconds: float, stall_seconds: float) -> None:
         """A decode step took `seconds` in all, `stall_seconds` of them waiting for fetches."""
@@ -47,20 +48,19 @@ class StepTimes:
         self._overheads[mode] = _averaged(self._overheads.get(mode), overhead)
         if mode == WAS:
             self._observe_fetches(min(seconds, limit), stall_seconds > _BOUND_SHARE * seconds)
-            self._forget_cas()
-            return
-        self._was_steps = 0
-        if seconds < self.fetch_seconds:
-            self._forget_steps = _FORGET_STEPS[0]  # CaS is worth its retries
+        self._unseen_steps[mode] = 0
+        if seconds < self._whole_seconds(_OTHER[mode], batch_size):
+            self._forget_steps[mode] = _FORGET_STEPS[0]  # it is worth its retries
+        self._forget(_OTHER[mode])
 
-    def _forget_cas(self) -> None:
-        """What CaS costs is measured in CaS steps only: a rank that has left CaS because it was
-        slow for a while must try it again, but ever more rarely where it stays slow."""
-        self._was_steps += 1
-        if CAS in self._overheads and self._was_steps >= self._forget_steps:
-            self._was_steps = 0
-            self._forget_steps = min(2 * self._forget_steps, _FORGET_STEPS[1])
-            self._overheads[CAS] = (self._overheads[WAS] + self._overheads[CAS]) / 2
+    def _forget(self, mode: str) -> None:
+        """What a mode costs is measured in its own steps only: a rank that has left it because it
+        was slow for a while must try it again, but ever more rarely where it stays slow."""
+        self._unseen_steps[mode] += 1
+        if mode in self._overheads and self._unseen_steps[mode] >= self._forget_steps[mode]:
+            self._unseen_steps[mode] = 0
+            self._forget_steps[mode] = min(2 * self._forget_steps[mode], _FORGET_STEPS[1])
+            self._overheads[mode] = (self._overheads[mode] + self._overheads[_OTHER[mode]]) / 2
 
     def _observe_fetches(self, seconds: float, is_bound: bool) -> None:
         """A WaS step that waits takes as long as its fetches; one that does not, longer."""
@@ -79,6 +79,11 @@ class StepTimes:
         """Estimate of a decode step that does not stall for fetches."""
         return max(0.0, self._measured(batch_size) + self.overhead_seconds(mode))
 
+    def _whole_seconds(self, mode: str, batch_size: int) -> float:
+        """Estimate of a decode step with its stalls."""
+        step = self.step_seconds(mode, batch_size)
+        return max(step, self.fetch_seconds) if mode == WAS else step
+
     def _measured(self, batch_size: int) -> float:
         """Compute time as measured at start, on the line through the two nearest batch sizes."""
         sizes, seconds = self._sizes, self._seconds
@@ -90,15 +95,16 @@ class StepTimes:
         return max(0.0, seconds[left] + slope * (batch_size - sizes[left]))
 
     def threshold(self, max_batch: int) -> int:
-        """The smallest batch size from which WaS is at least as fast as CaS, or hides its
-        fetches; `max_batch` + 1 where no batch is that large."""
-        overhead = max(self.overhead_seconds(WAS), self.overhead_seconds(CAS))
-        sizes = range(1, max_batch + 1)
-        return 1 + bisect_left(
-            sizes,
-            self.fetch_seconds,
-            key=lambda size: max(0.0, self._measured(size) + overhead),
-        )
+        """The smallest batch size from which WaS is as fast as CaS: the fetches take no longer
+        than a CaS step, and what runs beside them hardly longer. `max_batch` + 1 where no batch
+        is that large."""
+        return 1 + bisect_left(range(1, max_batch + 1), True, key=self._streams)
+
+    def _streams(self, batch_size: int) -> bool:
+        """Once true, it stays so for all larger batches: compute never falls with the batch."""
+        cas = self.step_seconds(CAS, batch_size)
+        longer = self.overhead_seconds(WAS) - self.overhead_seconds(CAS)
+        return self.fetch_seconds <= cas and longer <= _NEAR * cas
 
 
 def _averaged(average: float | None, seconds: float) -> float:
