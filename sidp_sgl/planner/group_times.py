@@ -4,6 +4,7 @@ Room: planner; pure. Where ranks differ (layers need not divide evenly), it is t
 All times in seconds.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from sidp_sgl.planner.prefetch_factor import Prefetch, was_factor
 from sidp_sgl.planner.time_model import RankTimes, Work
 from sidp_sgl.planner.weights import block_bytes
 from sidp_sgl.scheduler.mode_policy import AUTO, CAS, WAS
-from sidp_sgl.scheduler.step_times import StepTimes
+from sidp_sgl.scheduler.step_times import StepTimes, streams
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.schedule import default_slots
 from sidp_sgl.weightpool.staging import ROWS_PER_RANK
@@ -91,11 +92,14 @@ class GroupTimes:
 
     def streamed_seconds(self, compute: float) -> float:
         """A step of `compute` seconds that streams weights meanwhile."""
-        # While a fetch is under way it takes a share of the compute: all the time, or as long as
-        # the fetches of a step last.
-        share = self.rank.machine.copy_share
-        compute = min(compute / (1 - share), compute + share * self.fetch_seconds)
+        compute = self._beside_fetches(compute)
         return compute * was_factor(self._prefetch, self.fetch_seconds / compute)
+
+    def _beside_fetches(self, compute: float) -> float:
+        """While a fetch is under way it takes a share of the compute: all the time, or as long as
+        the fetches of a step last."""
+        share = self.rank.machine.copy_share
+        return min(compute / (1 - share), compute + share * self.fetch_seconds)
 
     def cas_seconds(self, work: Work, active_ranks: float | None = None) -> float:
         """A decode step that sends rows: `active_ranks` do the same step, the others are idle.
@@ -141,27 +145,29 @@ class GroupTimes:
 
     def hiding_batch(self, context: float, max_batch: int) -> int:
         """The smallest batch whose compute hides the fetches; `max_batch` + 1 where none does."""
-        return self._threshold(
-            lambda batch: self.rank.compute_seconds(Work.decode(batch, context)), max_batch
-        )
+
+        def hides(batch: int) -> bool:
+            return self.rank.compute_seconds(Work.decode(batch, context)) >= self.fetch_seconds
+
+        return _first(hides, max_batch)
 
     def threshold(self, context: float, max_batch: int) -> int:
-        """The batch from which `--sidp-mode auto` streams, by the engine's own rule: where steps,
-        as it sees them (in CaS as far as these go), last as long as the fetches."""
+        """The batch from which `--sidp-mode auto` streams, by the engine's own rule. Batches that
+        are too large to be sent always do: there, the one from which the fetches are hidden."""
 
-        def step_seconds(batch: int) -> float:
+        def is_streamed(batch: int) -> bool:
             work = Work.decode(batch, context)
-            return (
-                self.cas_seconds(work)
-                if batch <= ROWS_PER_RANK
-                else self.rank.compute_seconds(work)
-            )
+            was = self._beside_fetches(self.rank.compute_seconds(work))
+            cas = self.cas_seconds(work)
+            return streams(self.fetch_seconds, cas, was - cas)
 
-        return self._threshold(step_seconds, max_batch)
-
-    def _threshold(self, seconds: Callable[[int], float], max_batch: int) -> int:
-        measured = {batch: seconds(batch) for batch in _sizes(max_batch)}
-        return StepTimes(self.fetch_seconds, measured).threshold(max_batch)
+        sent = min(max_batch, ROWS_PER_RANK)
+        threshold = _first(is_streamed, sent)
+        return (
+            threshold
+            if threshold <= sent
+            else max(threshold, self.hiding_batch(context, max_batch))
+        )
 
     def step_times(self, context: float, max_batch: int) -> StepTimes:
         """What a rank of the engine measures when it starts, at batch sizes 1, 2, 4, …"""
@@ -188,10 +194,7 @@ class GroupTimes:
         return self.cas_seconds(work)
 
 
-def _sizes(max_batch: int) -> list[int]:
-    """Batch sizes 1, 2, 3, 4, 6, 8, … and `max_batch`."""
-    sizes, size = {max_batch}, 1
-    while size < max_batch:
-        sizes |= {size, min(max_batch, size * 3 // 2)}
-        size *= 2
-    return sorted(sizes)
+def _first(holds: Callable[[int], bool], max_batch: int) -> int:
+    """The smallest batch size for which `holds`, which also does for all larger ones;
+    `max_batch` + 1 where it does for none."""
+    return 1 + bisect_left(range(1, max_batch + 1), True, key=holds)

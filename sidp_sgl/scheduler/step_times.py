@@ -102,9 +102,14 @@ class StepTimes:
 
     def _streams(self, batch_size: int) -> bool:
         """Once true, it stays so for all larger batches: compute never falls with the batch."""
-        cas = self.step_seconds(CAS, batch_size)
         longer = self.overhead_seconds(WAS) - self.overhead_seconds(CAS)
-        return self.fetch_seconds <= cas and longer <= _NEAR * cas
+        return streams(self.fetch_seconds, self.step_seconds(CAS, batch_size), longer)
+
+
+def streams(fetch_seconds: float, cas_seconds: float, longer_seconds: float) -> bool:
+    """Whether WaS is as fast as CaS: by a step's fetches, a CaS step, and what a WaS step takes
+    longer than that apart from its stalls."""
+    return fetch_seconds <= cas_seconds and longer_seconds <= _NEAR * cas_seconds
 
 
 def _averaged(average: float | None, seconds: float) -> float:
