@@ -3,7 +3,7 @@
 The link is paced so that the fetches of a step take about five times the step of a plain rank at
 batch 1. Every rank runs the same batch; repeats alternate between the sides. Before a batch size
 is measured, each side runs it once uncounted, auto for longer: it learns. All sides
-are up at once: 18 GB of memory, five minutes on two cores.
+are up at once: 18 GB of memory, ten minutes on two cores.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from bench.side import Side
 DP_SIZE = 2
 SIDES = ["plain", "was", "cas", "auto"]
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
-REPEATS = 3
+REPEATS = 7
 FETCH_OVER_STEP = 5.0  # of a plain rank at batch 1
-LEARNING_STEPS = 48  # of auto; its threshold follows every 16 steps
+LEARNING_STEPS = 96  # of auto; its threshold follows every 16 steps
 WARM_UP_STEPS = 8  # of the others
 TOLERANCE = 1.1  # auto over the better mode
 

@@ -4,14 +4,17 @@ Room: scheduler. Pure: measured at start, corrected by every step. All times in 
 """
 
 from bisect import bisect_left
+from collections import deque
 from itertools import accumulate
+from statistics import median
 
 from sidp_sgl.scheduler.mode_policy import CAS, WAS
 
-_WEIGHT = 0.1  # of a new observation in a moving average
+_WEIGHT = 0.1  # of a new observation of the fetches in their moving average
+_RECENT_STEPS = 15  # of a mode, whose median counts: a machine's other work disturbs single steps
 _BOUND_SHARE = 0.1  # a WaS step that stalls for more of its time is bound by its fetches
 _OUTLIER = 10.0  # times the estimate of a step: more than that is a disturbance, not its time
-_FORGET_STEPS = (50, 3200)  # of one mode after which half of what the other costs is forgotten
+_FORGET_STEPS = (16, 3200)  # of one mode after which half of what the other costs is forgotten
 _NEAR = 0.05  # WaS may take longer than CaS by this part: it asks nothing of the owners
 _OTHER = {WAS: CAS, CAS: WAS}
 
@@ -30,7 +33,7 @@ class StepTimes:
         self._sizes = sorted(compute_seconds)
         # A larger batch that measured faster is noise, and would make the threshold ambiguous.
         self._seconds = list(accumulate((compute_seconds[size] for size in self._sizes), max))
-        self._overheads: dict[str, float] = {}  # by mode, from its first observation on
+        self._overheads: dict[str, deque[float]] = {}  # by mode, from its first observation on
         self._forget_steps = dict.fromkeys(_OTHER, _FORGET_STEPS[0])  # by the forgotten mode
         self._unseen_steps = dict.fromkeys(_OTHER, 0)  # since its last step, or since forgetting
 
@@ -38,14 +41,15 @@ class StepTimes:
         """What a step takes beyond the measured compute, without stalls: scheduling, longer
         contexts, in CaS the way to the owners, in WaS what copies take from the compute beside
         them. Below 0 where it takes less. A mode that was not seen yet is like the other one."""
-        return self._overheads.get(mode, self._overheads.get(_OTHER[mode], 0.0))
+        seen = self._overheads.get(mode) or self._overheads.get(_OTHER[mode])
+        return median(seen) if seen else 0.0
 
     def observe(self, mode: str, batch_size: int, seconds: float, stall_seconds: float) -> None:
         """A decode step took `seconds` in all, `stall_seconds` of them waiting for fetches."""
         limit = self._limit(mode, batch_size)
         local = max(0.0, min(seconds - stall_seconds, limit))
-        overhead = local - self._measured(batch_size)
-        self._overheads[mode] = _averaged(self._overheads.get(mode), overhead)
+        recent = self._overheads.setdefault(mode, deque(maxlen=_RECENT_STEPS))
+        recent.append(local - self._measured(batch_size))
         if mode == WAS:
             self._observe_fetches(min(seconds, limit), stall_seconds > _BOUND_SHARE * seconds)
         self._unseen_steps[mode] = 0
@@ -60,7 +64,8 @@ class StepTimes:
         if mode in self._overheads and self._unseen_steps[mode] >= self._forget_steps[mode]:
             self._unseen_steps[mode] = 0
             self._forget_steps[mode] = min(2 * self._forget_steps[mode], _FORGET_STEPS[1])
-            self._overheads[mode] = (self._overheads[mode] + self._overheads[_OTHER[mode]]) / 2
+            middle = (self.overhead_seconds(mode) + self.overhead_seconds(_OTHER[mode])) / 2
+            self._overheads[mode] = deque([middle], maxlen=_RECENT_STEPS)
 
     def _observe_fetches(self, seconds: float, is_bound: bool) -> None:
         """A WaS step that waits takes as long as its fetches; one that does not, longer."""
@@ -110,7 +115,3 @@ def streams(fetch_seconds: float, cas_seconds: float, longer_seconds: float) -> 
     """Whether WaS is as fast as CaS: by a step's fetches, a CaS step, and what a WaS step takes
     longer than that apart from its stalls."""
     return fetch_seconds <= cas_seconds and longer_seconds <= _NEAR * cas_seconds
-
-
-def _averaged(average: float | None, seconds: float) -> float:
-    return seconds if average is None else average + _WEIGHT * (seconds - average)
