@@ -23,7 +23,7 @@ SIDES = ["plain", "was", "cas", "auto"]
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
 REPEATS = 7
 FETCH_OVER_STEP = 5.0  # of a plain rank at batch 1
-LEARNING_STEPS = 96  # of auto; its threshold follows every 16 steps
+LEARNING_STEPS = 96  # of auto; its threshold follows every 8 steps
 WARM_UP_STEPS = 8  # of the others
 TOLERANCE = 1.1  # auto over the better mode
 

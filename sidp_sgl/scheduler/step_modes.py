@@ -10,7 +10,7 @@ from sidp_sgl.scheduler.mode_policy import CAS, WAS, ModePolicy
 from sidp_sgl.scheduler.step_times import StepTimes
 
 _ROUND_ROWS = 8  # leases are asked for in multiples, so that a batch that grows a little fits
-_RECALCULATE_STEPS = 16
+_RECALCULATE_STEPS = 8
 _PATIENCE_SHARE = 0.25  # of a WaS step: what an answer may take
 _PATIENCE_SECONDS = (2e-3, 50e-3)
 

@@ -9,14 +9,13 @@ from itertools import accumulate
 from statistics import median
 
 from sidp_sgl.scheduler.mode_policy import CAS, WAS
+from sidp_sgl.scheduler.retries import OTHER, Retries
 
 _WEIGHT = 0.1  # of a new observation of the fetches in their moving average
 _RECENT_STEPS = 15  # of a mode, whose median counts: a machine's other work disturbs single steps
 _BOUND_SHARE = 0.1  # a WaS step that stalls for more of its time is bound by its fetches
 _OUTLIER = 10.0  # times the estimate of a step: more than that is a disturbance, not its time
-_FORGET_STEPS = (16, 3200)  # of one mode after which half of what the other costs is forgotten
 _NEAR = 0.05  # WaS may take longer than CaS by this part: it asks nothing of the owners
-_OTHER = {WAS: CAS, CAS: WAS}
 
 
 class StepTimes:
@@ -34,14 +33,13 @@ class StepTimes:
         # A larger batch that measured faster is noise, and would make the threshold ambiguous.
         self._seconds = list(accumulate((compute_seconds[size] for size in self._sizes), max))
         self._overheads: dict[str, deque[float]] = {}  # by mode, from its first observation on
-        self._forget_steps = dict.fromkeys(_OTHER, _FORGET_STEPS[0])  # by the forgotten mode
-        self._unseen_steps = dict.fromkeys(_OTHER, 0)  # since its last step, or since forgetting
+        self._retries = Retries()
 
     def overhead_seconds(self, mode: str) -> float:
         """What a step takes beyond the measured compute, without stalls: scheduling, longer
         contexts, in CaS the way to the owners, in WaS what copies take from the compute beside
         them. Below 0 where it takes less. A mode that was not seen yet is like the other one."""
-        seen = self._overheads.get(mode) or self._overheads.get(_OTHER[mode])
+        seen = self._overheads.get(mode) or self._overheads.get(OTHER[mode])
         return median(seen) if seen else 0.0
 
     def observe(self, mode: str, batch_size: int, seconds: float, stall_seconds: float) -> None:
@@ -52,20 +50,10 @@ class StepTimes:
         recent.append(local - self._measured(batch_size))
         if mode == WAS:
             self._observe_fetches(min(seconds, limit), stall_seconds > _BOUND_SHARE * seconds)
-        self._unseen_steps[mode] = 0
-        if seconds < self._whole_seconds(_OTHER[mode], batch_size):
-            self._forget_steps[mode] = _FORGET_STEPS[0]  # it is worth its retries
-        self._forget(_OTHER[mode])
-
-    def _forget(self, mode: str) -> None:
-        """What a mode costs is measured in its own steps only: a rank that has left it because it
-        was slow for a while must try it again, but ever more rarely where it stays slow."""
-        self._unseen_steps[mode] += 1
-        if mode in self._overheads and self._unseen_steps[mode] >= self._forget_steps[mode]:
-            self._unseen_steps[mode] = 0
-            self._forget_steps[mode] = min(2 * self._forget_steps[mode], _FORGET_STEPS[1])
-            middle = (self.overhead_seconds(mode) + self.overhead_seconds(_OTHER[mode])) / 2
-            self._overheads[mode] = deque([middle], maxlen=_RECENT_STEPS)
+        if self._retries.is_due(mode) and OTHER[mode] in self._overheads:
+            # As if it had never cost anything: what slows one mode need not slow the other.
+            least = min(0.0, self.overhead_seconds(mode))
+            self._overheads[OTHER[mode]] = deque([least], maxlen=_RECENT_STEPS)
 
     def _observe_fetches(self, seconds: float, is_bound: bool) -> None:
         """A WaS step that waits takes as long as its fetches; one that does not, longer."""
@@ -83,11 +71,6 @@ class StepTimes:
     def step_seconds(self, mode: str, batch_size: int) -> float:
         """Estimate of a decode step that does not stall for fetches."""
         return max(0.0, self._measured(batch_size) + self.overhead_seconds(mode))
-
-    def _whole_seconds(self, mode: str, batch_size: int) -> float:
-        """Estimate of a decode step with its stalls."""
-        step = self.step_seconds(mode, batch_size)
-        return max(step, self.fetch_seconds) if mode == WAS else step
 
     def _measured(self, batch_size: int) -> float:
         """Compute time as measured at start, on the line through the two nearest batch sizes."""
