@@ -194,18 +194,6 @@ def test_was_comes_back_when_a_disturbance_is_over() -> None:
     assert run_auto(step_times, 800, 48, {WAS: 0.057, CAS: 0.06}) < 0.6
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 16, 32, 48, 64])
-def test_auto_is_near_the_better_mode_at_every_batch(batch_size: int) -> None:
-    compute = new().step_seconds(CAS, batch_size)
-    seconds = {WAS: max(0.05, compute + 0.010), CAS: compute + 0.002}
-    step_times = new(0.05)
-    run_auto(step_times, 200, 1, {WAS: 0.05, CAS: 0.006})
-    run_auto(step_times, 200, batch_size, seconds)
-    share = run_auto(step_times, 1000, batch_size, seconds)
-    mean = share * seconds[CAS] + (1 - share) * seconds[WAS]
-    assert mean < 1.05 * min(seconds.values())
-
-
 def test_a_disturbance_counts_ten_times_the_estimate_at_most() -> None:
     step_times = new(0.05)
     step_times.observe(WAS, 4, 100.0, 99.987)
