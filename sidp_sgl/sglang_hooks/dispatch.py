@@ -23,7 +23,7 @@ from sidp_sgl.sglang_hooks.waiting import requests_in
 
 _POLL_MILLISECONDS = 1000
 _UPDATE_SECONDS = 0.2
-_REMEMBERED_ABORTS = 10_000
+_REMEMBERED = 10_000  # latest aborts; latest requests that went to ranks
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 
 
@@ -38,7 +38,8 @@ class ControllerDispatch:
         self._returns.set(zmq.LINGER, 0)
         self._returns.bind(bus.returns_address(directory))
         self._numbers = itertools.count()
-        self._aborted: OrderedDict[str, AbortReq] = OrderedDict()
+        self._aborted: OrderedDict[str, tuple[AbortReq, int]] = OrderedDict()
+        self._sent: OrderedDict[str, int] = OrderedDict()  # number, by request id
         self._updated_at = 0.0
         self._update = DispatchUpdate(0, 0, 0)
 
@@ -60,7 +61,7 @@ class ControllerDispatch:
                     self.dispatcher.update(update.state)
             self._take_returns(controller)
             for rank, queued in self.dispatcher.assign():
-                _send(controller, rank, queued.payload)
+                self._send(controller, rank, queued)
             for rank, count in self.dispatcher.recalls():
                 self._ranks.send(rank, Recall(count))
             wait = _POLL_MILLISECONDS if self._publish() else int(_UPDATE_SECONDS * 1e3)
@@ -97,10 +98,15 @@ class ControllerDispatch:
             window.remove(queued.number)
             rank = min(range(len(self.dispatcher.ranks)), key=self._load)
             self.dispatcher.send(rank, queued)
-            _send(controller, rank, queued.payload)
-        self._aborted[abort.rid] = abort
-        while len(self._aborted) > _REMEMBERED_ABORTS:
-            self._aborted.popitem(last=False)
+            self._send(controller, rank, queued)
+        # SGLang takes the id as a prefix; requests that come later are not meant.
+        _remember(self._aborted, abort.rid, (abort, next(self._numbers)))
+
+    def _send(self, controller: Any, rank: int, queued: Queued) -> None:
+        """Through SGLang's own bookkeeping of dispatch times."""
+        _remember(self._sent, queued.payload.rid, queued.number)
+        controller.dispatching = lambda chosen: sock_send(controller.workers[rank], chosen)
+        controller.dispatching_with_trace(queued.payload, refresh_load_budget=False)
 
     def _load(self, rank: int) -> int:
         return self.dispatcher.ranks[rank].load
@@ -110,12 +116,15 @@ class ControllerDispatch:
         while self._returns.poll(0):
             rank = int(self._returns.recv())
             request = sock_recv(self._returns)
+            number = self._sent.pop(request.rid, None)
             self.dispatcher.take_back(rank, self._queued(request))
-            for abort in self._aborted.values():
-                if not abort.abort_all and _is_meant(abort, request):
-                    self._send_aborted(controller, abort)
-                    controller._request_dispatcher(abort)
-                    break
+            if number is not None and any(
+                number < aborted_at and _is_meant(abort, request)
+                for abort, aborted_at in self._aborted.values()
+            ):
+                abort = AbortReq(rid=request.rid)
+                self._send_aborted(controller, abort)
+                controller._request_dispatcher(abort)
 
     def _publish(self) -> bool:
         """Tell the ranks what their status shows; False where that has to wait a little."""
@@ -141,10 +150,12 @@ def _received(socket: zmq.Socket) -> Any:
         yield message
 
 
-def _send(controller: Any, rank: int, request: Any) -> None:
-    """Through SGLang's own bookkeeping of dispatch times."""
-    controller.dispatching = lambda chosen: sock_send(controller.workers[rank], chosen)
-    controller.dispatching_with_trace(request, refresh_load_budget=False)
+def _remember(entries: OrderedDict[str, Any], name: str, entry: Any) -> None:
+    """As the latest one; the oldest are forgotten."""
+    entries[name] = entry
+    entries.move_to_end(name)
+    while len(entries) > _REMEMBERED:
+        entries.popitem(last=False)
 
 
 def _is_meant(abort: AbortReq, request: Any) -> bool:

@@ -72,7 +72,7 @@ def state(rank: int, headroom: int, received: int = 0) -> RankState:
 
 def assigned(dispatch: ControllerDispatch, controller: Controller) -> list[tuple[Any, str]]:
     for rank, queued in dispatch.dispatcher.assign():
-        hooks._send(controller, rank, queued.payload)
+        dispatch._send(controller, rank, queued)
     return controller.log
 
 
@@ -134,6 +134,13 @@ def straw_scheduler(names: list[str]) -> Any:
     )
 
 
+def send(dispatch: ControllerDispatch, controller: Controller, each: Any) -> None:
+    """To rank 1."""
+    queued = dispatch._queued(each)
+    dispatch.dispatcher.send(1, queued)
+    dispatch._send(controller, 1, queued)
+
+
 def test_a_rank_gives_back_the_latest_that_have_not_begun(
     dispatch: ControllerDispatch, controller: Controller, tmp_path: Path
 ) -> None:
@@ -142,7 +149,7 @@ def test_a_rank_gives_back_the_latest_that_have_not_begun(
     names = ["first", "second", "wanted here", "third", "begun"]
     sent = [request(name, rank=1 if name == "wanted here" else None) for name in names]
     for each in sent:
-        dispatch.dispatcher.send(1, dispatch._queued(each))
+        send(dispatch, controller, each)
     scheduler = straw_scheduler(names)
     rank._after_ingest(sent, scheduler)
     assert rank.received == 5
@@ -160,6 +167,26 @@ def test_a_rank_gives_back_the_latest_that_have_not_begun(
     assert window == ["third"], "what was aborted on its way went to a rank, to be answered there"
     assert [entry[1] for entry in controller.log] == ["second", "AbortReq"]
     assert dispatch.dispatcher.moved == 2
+
+
+def test_an_abort_means_nobody_who_comes_later(
+    dispatch: ControllerDispatch, controller: Controller, tmp_path: Path
+) -> None:
+    """SGLang takes the id of an abort as a prefix: what has come since begins alike."""
+    dispatch._on_message(controller, AbortReq(rid="soak-9"))
+    dispatch._on_message(controller, AbortReq(rid="", abort_all=True))
+    control = SimpleNamespace(recalled=0)
+    rank = WaitingRequests(1, control, tmp_path)  # type: ignore[arg-type]
+    late = request("soak-90")
+    send(dispatch, controller, late)
+    rank._after_ingest([late], straw_scheduler([]))
+    control.recalled = 1
+    rank._after_ingest([], straw_scheduler(["soak-90"]))
+    assert dispatch._returns.poll(2000, zmq.POLLIN)
+    controller.log.clear()
+    dispatch._take_returns(controller)
+    assert [queued.payload.rid for queued in dispatch.dispatcher.window] == ["soak-90"]
+    assert controller.log == []
 
 
 def test_the_ranks_hear_what_was_dispatched(dispatch: ControllerDispatch, tmp_path: Path) -> None:
