@@ -52,9 +52,9 @@ CASES = [
     Case(LLAMA, 2, "interleaved", "sequential", 1, "ffn"),
     Case(LLAMA, 3, "contiguous", "shifted", None, "linear"),
     Case(QWEN2, 4, "interleaved", "ticketed", None, "linear"),
-    Case(QWEN3, 4, "interleaved", "shifted", None, "ffn"),
 ]
 THOROUGH = [
+    Case(QWEN3, 4, "interleaved", "shifted", None, "ffn"),
     Case(QWEN2, 2, "contiguous", "ticketed", 4, "ffn"),
     Case(LLAMA, 4, "contiguous", "ticketed", 3, "ffn"),
     Case(QWEN3, 3, "interleaved", "ticketed", 1, "linear"),
