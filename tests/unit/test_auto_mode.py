@@ -1,16 +1,22 @@
 """Mode `auto` in the long run: estimates, retries and policy against machines of known times."""
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sidp_sgl.scheduler.mode_policy import CAS, WAS, ModePolicy
+from sidp_sgl.scheduler.step_modes import StepModes
 from sidp_sgl.scheduler.step_times import StepTimes
 
 MAX_ROWS = 64
 FETCH = 0.065
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LEARNING, STEPS = 96, 224  # at each batch size
+GRANTING: Any = SimpleNamespace(  # owners that never decline
+    leases=lambda rows, patience: {1: 0}, ask=lambda rows: None, release=lambda: None
+)
 
 
 def compute(batch: int) -> float:
@@ -37,17 +43,16 @@ class Machine:
 
 def mean_steps(mode: str, machine: Machine) -> dict[int, float]:
     """Batch size → mean step in `--sidp-mode` `mode`."""
-    times = StepTimes(FETCH, {batch: compute(batch) for batch in BATCHES})
-    policy = ModePolicy(mode)
+    modes = StepModes(ModePolicy(mode), GRANTING, MAX_ROWS)
+    modes.times = StepTimes(FETCH, {batch: compute(batch) for batch in BATCHES})
     seconds: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     for batch in BATCHES:
-        for step in range(LEARNING + STEPS):
-            if step % 8 == 0:  # as StepModes
-                threshold = times.threshold(MAX_ROWS)
-                threshold = threshold if threshold <= MAX_ROWS else 2 * MAX_ROWS
-            chosen = policy.decide(batch, threshold)
+        for _ in range(LEARNING + STEPS):
+            leases = modes.begin_decode(batch, can_call=True)
+            chosen = WAS if leases is None else CAS
             took, stall = machine.step(chosen, batch)
-            times.observe(chosen, batch, took, stall)
+            modes.times.observe(chosen, batch, took, stall)
+            modes.end_decode(batch, chosen)
             seconds[batch].append(took)
     return {batch: sum(all_[LEARNING:]) / STEPS for batch, all_ in seconds.items()}
 
