@@ -116,7 +116,8 @@ class ShmCopyStream(CopyStream):
         if not port.paced:
             target.copy_(source.data)
             return
-        size = port.piece_bytes(target.numel())
+        # In its turn a reader has the link to itself; without one, readers alternate.
+        size = max(1, target.numel()) if self._has_turn else port.piece_bytes(target.numel())
         for start in range(0, target.numel(), size):
             piece = target[start : start + size]
             piece.copy_(source.data[start : start + size])

@@ -15,6 +15,7 @@ import torch
 
 from sidp_sgl.weightpool.shm import ShmTransport
 from sidp_sgl.weightpool.shm_memory import SharedWords
+from sidp_sgl.weightpool.shm_port import OwnerPort
 from sidp_sgl.weightpool.transport import PeerBlock, TransportError
 from tests.support.peers import Owner, owner_of_bytes
 
@@ -196,8 +197,11 @@ def test_a_holder_of_the_lock_that_was_stopped_blocks_nobody(owner: Owner) -> No
     assert reader.take_turn()
 
 
+@pytest.mark.parametrize("in_turns", [False, True])
 @pytest.mark.parametrize("num_readers", [1, 3])
-def test_readers_share_the_rate_of_one_link(owner: Owner, num_readers: int) -> None:
+def test_readers_share_the_rate_of_one_link(
+    owner: Owner, num_readers: int, in_turns: bool
+) -> None:
     """Never faster than the link; how much slower depends on the machine, so only that."""
     rate = 200_000.0  # bytes per second
     fetches = 4
@@ -206,12 +210,37 @@ def test_readers_share_the_rate_of_one_link(owner: Owner, num_readers: int) -> N
         started = time.monotonic()
         for transport, block in readers:
             for _ in range(fetches):
+                if in_turns:
+                    transport.copy_stream.take_turn(block)
                 transport.copy_stream.copy(transport.empty(BYTES), block)
+                if in_turns:
+                    transport.copy_stream.end_turn(block)
         ends = []
         for transport, _ in readers:
             transport.copy_stream.synchronize()
             ends.append(time.monotonic() - started)
     assert max(ends) >= 0.98 * num_readers * fetches * BYTES / rate
+
+
+def test_a_reader_books_the_link_in_pieces_only_without_a_turn(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    booked: list[int] = []
+    monkeypatch.setattr(OwnerPort, "pace", lambda port, num_bytes: booked.append(num_bytes))
+    with owner.reader(100_000.0) as (transport, block):
+        target = transport.empty(BYTES)
+        transport.copy_stream.copy(target, block)
+        transport.copy_stream.synchronize()
+        assert sum(booked) == BYTES and len(booked) == 16
+        assert torch.equal(target, block.data)
+        booked.clear()
+        target.zero_()
+        transport.copy_stream.take_turn(block)
+        transport.copy_stream.copy(target, block)
+        transport.copy_stream.end_turn(block)
+        transport.copy_stream.synchronize()
+        assert booked == [BYTES]
+        assert torch.equal(target, block.data)
 
 
 def test_an_idle_link_saves_nothing_up(owner: Owner) -> None:
