@@ -3,13 +3,14 @@
 The link is paced so that the fetches of a step take about five times the step of a plain rank at
 batch 1. Every rank runs the same batch; repeats alternate between the sides. Before a batch size
 is measured, each side runs it once uncounted, auto for longer: it learns. All sides
-are up at once: 18 GB of memory, ten minutes on two cores.
+are up at once: 18 GB of memory, a quarter of an hour on two cores.
 """
 
 import argparse
 import statistics
 import sys
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 from bench.constant_batch import ENVIRONMENT, KEYWORDS, Steps, run_batch, run_steps
@@ -20,7 +21,7 @@ from bench.side import Side
 
 DP_SIZE = 2
 SIDES = ["plain", "was", "cas", "auto"]
-BATCHES = [1, 2, 4, 8, 16, 32, 64]
+BATCHES = [1, 2, 4, 8, 16, 32, 48, 64]
 REPEATS = 7
 FETCH_OVER_STEP = 5.0  # of a plain rank at batch 1
 LEARNING_STEPS = 96  # of auto; its threshold follows every 8 steps
@@ -103,6 +104,27 @@ def batch_row(batch: int, runs: dict[str, list[Steps]]) -> dict[str, Any]:
     return row
 
 
+def crossing(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Where WaS becomes the faster mode for good, on the lines between the medians, and auto's
+    thresholds after the runs of the two batch sizes beside it. None where the lines do not cross,
+    or one of the modes was not measured."""
+    for left, right in reversed(list(pairwise(rows))):
+        if "better" not in left:
+            return None
+        if left["better"] == "cas" and right["better"] == "was":
+            behind, ahead = (
+                row["step_ms"]["was"]["median"] - row["step_ms"]["cas"]["median"]
+                for row in (left, right)
+            )
+            part = behind / (behind - ahead)
+            learnt = [t for row in (left, right) for each in row["auto_thresholds"] for t in each]
+            return {
+                "batch": left["batch"] + part * (right["batch"] - left["batch"]),
+                "thresholds": spread([t for t in learnt if t is not None]),
+            }
+    return None
+
+
 def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
     print(f"{'B':>3} " + " ".join(f"{LABELS[name] + ', ms':>20}" for name in names), end="")
     print("  auto over the better    CaS steps  switches  threshold")
@@ -122,10 +144,14 @@ def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
             print(f" {row['auto_cas_share']:>12.0%} {row['auto_switches']:>9}  {known:>9}", end="")
         print()
     if "better" in rows[0]:
-        hidden = next((str(row["batch"]) for row in rows if row["better"] == "was"), "none of them")
         late = [str(r["batch"]) for r in rows if r["auto_over_better"]["median"] > TOLERANCE]
-        print(f"WaS is the better mode from batch {hidden}; auto is more than", end=" ")
-        print(f"{TOLERANCE - 1:.0%} above the better one at batch {', '.join(late) or 'none'}.")
+        print(f"Auto is more than {TOLERANCE - 1:.0%} above the better mode at batch", end=" ")
+        print(f"{', '.join(late) or 'none'}.", end=" ")
+        if found := crossing(rows):
+            print(f"WaS and CaS cross at batch {found['batch']:.0f}; auto's threshold", end=" ")
+            print("beside it is {median:g} ({min} to {max}).".format(**found["thresholds"]))
+        else:
+            print("WaS and CaS do not cross.")
 
 
 def draw(name: str, rows: list[dict[str, Any]], sides: list[str]) -> None:
@@ -143,14 +169,8 @@ def draw(name: str, rows: list[dict[str, Any]], sides: list[str]) -> None:
             )
             low, high = ([time[end] for time in times] for end in ("min", "max"))
             axes.fill_between(batches, low, high, color=COLOURS[side], alpha=0.15, linewidth=0)
-        if thresholds := [
-            threshold
-            for row in rows
-            for each in row.get("auto_thresholds", [])
-            for threshold in each
-            if threshold is not None and threshold <= max(batches)
-        ]:
-            middle = statistics.median(thresholds)
+        if found := crossing(rows):
+            middle = found["thresholds"]["median"]
             axes.axvline(middle, color=COLOURS["auto"], alpha=0.5, label="auto's threshold")
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(batch) for batch in batches])
@@ -178,7 +198,8 @@ def main() -> None:
     rows = [batch_row(batch, runs) for batch, runs in result.pop("runs").items()]
     is_complete = args.sides == SIDES and args.batches == BATCHES and args.repeats >= REPEATS
     name = "iteration_time" if is_complete else "iteration_time_quick"
-    record(name, {"arguments": vars(args), "dp_size": DP_SIZE, **result, "rows": rows})
+    result |= {"dp_size": DP_SIZE, "rows": rows, "crossing": crossing(rows)}
+    record(name, {"arguments": vars(args), **result})
     draw(name, rows, args.sides)
     fetch = fetched_bytes(DP_SIZE) / result["link_gbps"] / 1e6
     print(

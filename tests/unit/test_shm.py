@@ -199,9 +199,7 @@ def test_a_holder_of_the_lock_that_was_stopped_blocks_nobody(owner: Owner) -> No
 
 @pytest.mark.parametrize("in_turns", [False, True])
 @pytest.mark.parametrize("num_readers", [1, 3])
-def test_readers_share_the_rate_of_one_link(
-    owner: Owner, num_readers: int, in_turns: bool
-) -> None:
+def test_readers_share_the_rate_of_one_link(owner: Owner, num_readers: int, in_turns: bool) -> None:
     """Never faster than the link; how much slower depends on the machine, so only that."""
     rate = 200_000.0  # bytes per second
     fetches = 4
