@@ -1,9 +1,9 @@
 """Time of a decode step over the batch size: plain DP, WaS, CaS and auto, all up in one run.
 
 The link is paced so that the fetches of a step take about five times the step of a plain rank at
-batch 1. Every rank runs the same batch; repeats alternate between the sides. Before a batch size
-is measured, each side runs it once uncounted, auto for longer: it learns. All sides
-are up at once: 18 GB of memory, a quarter of an hour on two cores.
+batch 1. Every rank runs the same batch; repeats alternate between the sides, each time from another
+one on. Before a batch size is measured, each side runs it once uncounted, auto for longer: it
+learns. All sides are up at once: 18 GB of memory, twenty minutes on two cores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from bench.side import Side
 DP_SIZE = 2
 SIDES = ["plain", "was", "cas", "auto"]
 BATCHES = [1, 2, 4, 8, 16, 32, 48, 64]
-REPEATS = 7
+REPEATS = 15  # of few steps: a machine's other work disturbs seconds, not steps
 FETCH_OVER_STEP = 5.0  # of a plain rank at batch 1
 LEARNING_STEPS = 96  # of auto; its threshold follows every 8 steps
 WARM_UP_STEPS = 8  # of the others
@@ -56,6 +56,11 @@ def check_fetched_bytes(side: Side) -> None:
         assert status["pooled_bytes"] - status["owned_bytes"] == fetched_bytes(DP_SIZE)
 
 
+def rotated(names: list[str], by: int) -> list[str]:
+    by %= len(names)
+    return names[by:] + names[:by]
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Batch size → side → its runs, and the link that they had."""
     environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": args.device_memory}
@@ -78,9 +83,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             print(f"batch {batch}", file=sys.stderr)
             for name, side in sides.items():
                 warm_up(name, side, batch, args)
-            for _ in range(args.repeats):
-                for name, side in sides.items():
-                    runs[batch][name].append(run(side, batch, args))
+            for number in range(args.repeats):
+                for name in rotated(list(sides), number):
+                    runs[batch][name].append(run(sides[name], batch, args))
     return {"link_gbps": gbps, "first_step_seconds": first_step, "runs": runs}
 
 
@@ -185,7 +190,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="B")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--steps", type=int, default=32, help="decode steps of a run")
+    parser.add_argument("--steps", type=int, default=24, help="decode steps of a run")
     parser.add_argument("--link-gbps", type=float, help="default: from the step at batch 1")
     parser.add_argument("--device-memory", default="256MB")
     parser.add_argument("--seed", type=int, default=0)
