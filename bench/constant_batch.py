@@ -44,7 +44,8 @@ def run_steps(side: Side, batch_size: int, num_steps: int, ranks: list[int], see
         for a, b in zip(before, after, strict=True)
         if len(_windows(b, batch_size)) > len(_windows(a, batch_size))
     ]
-    assert len(busy) == len(set(ranks))
+    if len(busy) < len(set(ranks)):
+        raise too_few_steps(batch_size)
     return Steps(
         statistics.fmean(median_window(a, b, batch_size) for a, b in busy),
         was,
@@ -70,8 +71,13 @@ def median_window(before: dict[str, Any], after: dict[str, Any], batch_size: int
     """Seconds per step of one rank. The first window may begin in the prefill or before it."""
     windows = _windows(after, batch_size)[len(_windows(before, batch_size)) + 1 :]
     if not windows:
-        raise RuntimeError(f"too few steps at batch {batch_size}: let them be more")
+        raise too_few_steps(batch_size)
     return statistics.median(windows)
+
+
+def too_few_steps(batch_size: int) -> RuntimeError:
+    """The last requests of a large batch join when the first ones are nearly through."""
+    return RuntimeError(f"too few steps at batch {batch_size}: let them be more")
 
 
 def _windows(state: dict[str, Any], batch_size: int) -> list[float]:

@@ -22,7 +22,7 @@ from bench.side import Side
 DP_SIZE = 2
 SIDES = ["plain", "was", "cas", "auto"]
 BATCHES = [1, 2, 4, 8, 16, 32, 48, 64]
-REPEATS = 15  # of few steps: a machine's other work disturbs seconds, not steps
+REPEATS = 11
 FETCH_OVER_STEP = 5.0  # of a plain rank at batch 1
 LEARNING_STEPS = 96  # of auto; its threshold follows every 8 steps
 WARM_UP_STEPS = 8  # of the others
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="B")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--steps", type=int, default=24, help="decode steps of a run")
+    parser.add_argument("--steps", type=int, default=32, help="decode steps of a run")
     parser.add_argument("--link-gbps", type=float, help="default: from the step at batch 1")
     parser.add_argument("--device-memory", default="256MB")
     parser.add_argument("--seed", type=int, default=0)
