@@ -33,21 +33,29 @@ class Steps:
 
 def run_steps(side: Side, batch_size: int, num_steps: int, ranks: list[int], seed: int) -> Steps:
     """Each of `ranks` runs `batch_size` requests of equal length. `side` must have been started
-    with ENVIRONMENT and KEYWORDS."""
-    before = side.states()
-    run_batch(side, batch_size, num_steps, ranks, seed)
-    after = side.states()
+    with ENVIRONMENT and KEYWORDS. Where the last requests joined when the first ones were nearly
+    through, so that no window was whole, the run is done again with twice the steps."""
+    for factor in (1, 2, 4):
+        before = side.states()
+        run_batch(side, batch_size, factor * num_steps, ranks, seed)
+        after = side.states()
+        windows = [
+            new
+            for a, b in zip(before, after, strict=True)
+            if (new := new_windows(a, b, batch_size))
+        ]
+        if len(windows) == len(set(ranks)):
+            return _steps(before, after, windows)
+    raise RuntimeError(f"too few steps at batch {batch_size}: let them be more")
+
+
+def _steps(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], windows: list[list[float]]
+) -> Steps:
     old, new = ([state.get("sidp", {}) for state in states] for states in (before, after))
     was, cas = (_iterations(new, mode) - _iterations(old, mode) for mode in ("was", "cas"))
-    busy = [
-        (a, b)
-        for a, b in zip(before, after, strict=True)
-        if len(_windows(b, batch_size)) > len(_windows(a, batch_size))
-    ]
-    if len(busy) < len(set(ranks)):
-        raise too_few_steps(batch_size)
     return Steps(
-        statistics.fmean(median_window(a, b, batch_size) for a, b in busy),
+        statistics.fmean(map(statistics.median, windows)),
         was,
         cas,
         sum(status.get("mode_switches", 0) for status in new)
@@ -67,17 +75,9 @@ def _iterations(statuses: list[dict[str, Any]], mode: str) -> int:
     return sum(status["iterations"][mode] for status in statuses if status)
 
 
-def median_window(before: dict[str, Any], after: dict[str, Any], batch_size: int) -> float:
-    """Seconds per step of one rank. The first window may begin in the prefill or before it."""
-    windows = _windows(after, batch_size)[len(_windows(before, batch_size)) + 1 :]
-    if not windows:
-        raise too_few_steps(batch_size)
-    return statistics.median(windows)
-
-
-def too_few_steps(batch_size: int) -> RuntimeError:
-    """The last requests of a large batch join when the first ones are nearly through."""
-    return RuntimeError(f"too few steps at batch {batch_size}: let them be more")
+def new_windows(before: dict[str, Any], after: dict[str, Any], batch_size: int) -> list[float]:
+    """Seconds per step, of one rank. The first window may begin in the prefill or before it."""
+    return _windows(after, batch_size)[len(_windows(before, batch_size)) + 1 :]
 
 
 def _windows(state: dict[str, Any], batch_size: int) -> list[float]:

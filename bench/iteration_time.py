@@ -22,7 +22,7 @@ from bench.side import Side
 DP_SIZE = 2
 SIDES = ["plain", "was", "cas", "auto"]
 BATCHES = [1, 2, 4, 8, 16, 32, 48, 64]
-REPEATS = 11
+REPEATS = 9
 FETCH_OVER_STEP = 5.0  # of a plain rank at batch 1
 LEARNING_STEPS = 96  # of auto; its threshold follows every 8 steps
 WARM_UP_STEPS = 8  # of the others

@@ -8,7 +8,7 @@ import argparse
 import statistics
 from typing import Any, NamedTuple
 
-from bench.constant_batch import ENVIRONMENT, INPUT_TOKENS, KEYWORDS, median_window
+from bench.constant_batch import ENVIRONMENT, INPUT_TOKENS, KEYWORDS, new_windows
 from bench.demo_job import CHECKPOINT, make_prompts
 from bench.record import record, spread
 from bench.side import Side
@@ -97,7 +97,8 @@ def _run(side: Side, args: argparse.Namespace, *, both: bool) -> Own:
     ]
     before = _own_state(side)
     job = side.run(prompts, sampling, ranks=ranks)
-    return Own(median_window(before, _own_state(side), OWN_BATCH), job.seconds)
+    windows = new_windows(before, _own_state(side), OWN_BATCH)
+    return Own(statistics.median(windows), job.seconds)
 
 
 if __name__ == "__main__":
