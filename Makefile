@@ -48,7 +48,7 @@ soak: install
 kills: install
 	PYTHONWARNINGS=ignore $(PYTHON) -m tests.soak.kills --seed 0
 
-# All that the machine allows, about forty minutes; writes bench/results and docs/benchmarks.md.
+# All that the machine allows, an hour and a half or more; writes bench/results and docs/benchmarks.md.
 bench: install
 	PYTHONWARNINGS=ignore $(PYTHON) -m bench.suite
 

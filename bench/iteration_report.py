@@ -10,7 +10,7 @@ TOLERANCE = 1.1  # auto over the better mode
 
 
 def crossing(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Where WaS becomes the faster mode for good, on the lines between the medians, and auto's
+    """Where WaS last becomes the faster mode, on the lines between the medians, and auto's
     thresholds after the runs of the two batch sizes beside it. None where the lines do not cross,
     or one of the modes was not measured."""
     for left, right in reversed(list(pairwise(rows))):

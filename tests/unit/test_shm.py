@@ -186,6 +186,7 @@ def test_who_waits_for_a_turn_looks_rarely(
     assert holder.take_turn()
 
     def hold() -> None:
+        wait_until(lambda: looks)
         if rate:
             holder.pace(int(0.1 * rate))
         else:
@@ -196,7 +197,7 @@ def test_who_waits_for_a_turn_looks_rarely(
     thread.start()
     assert waiter.take_turn(patience=20.0)
     thread.join()
-    assert 2 <= len(looks) <= most_looks
+    assert len(looks) <= most_looks
 
 
 def test_nobody_waits_for_a_reader_that_was_stopped_in_its_turn(owner: Owner) -> None:
