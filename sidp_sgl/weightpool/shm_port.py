@@ -13,8 +13,6 @@ _NEXT_TICKET, _NOW_SERVING, _ABANDONED, _LINK_FREE_AT = range(4)
 NUM_WORDS = 4
 PATIENCE_SECONDS = 1.0  # without anybody's turn ending; a fetch takes milliseconds
 _POLL_SECONDS = 50e-6
-_LONGEST_POLL_SECONDS = 1e-3
-_LONGEST_PAUSE_SECONDS = 10e-3  # where the end of the fetch under way is known
 _MAX_PIECES = 16  # of a paced fetch
 _MIN_PIECE_SECONDS = 1e-3
 _MAX_QUEUE = 60  # tickets that the bits of _ABANDONED can tell apart, and then some
@@ -40,25 +38,14 @@ class OwnerPort:
         if ticket is None:
             self.skipped_turns += 1
             return False
-        served, since = -1, 0.0
+        served, deadline = -1, 0.0
         while (serving := self._words[_NOW_SERVING]) != ticket:
-            now = time.monotonic()
             if serving != served:
-                served, since = serving, now
-            if now - since > patience:
+                served, deadline = serving, time.monotonic() + patience
+            if time.monotonic() > deadline:
                 return self._abandon(ticket)
-            time.sleep(self._pause(now - since))
+            time.sleep(_POLL_SECONDS)
         return True
-
-    def _pause(self, waited: float) -> float:
-        """Seconds until the next look at the queue: until what is booked on the link ends, else
-        ever longer, for every look takes time from the compute."""
-        booked = (self._words[_LINK_FREE_AT] - time.monotonic_ns()) / 1e9 if self.paced else 0.0
-        return max(
-            _POLL_SECONDS,
-            min(waited / 8, _LONGEST_POLL_SECONDS),
-            min(booked, _LONGEST_PAUSE_SECONDS),
-        )
 
     def end_turn(self) -> None:
         """Serve the next reader; tickets that were abandoned are passed over."""

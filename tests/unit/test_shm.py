@@ -174,32 +174,6 @@ def test_turns_are_first_come_first_served(owner: Owner) -> None:
     assert served == list(range(8))
 
 
-@pytest.mark.parametrize(("rate", "most_looks"), [(None, 200), (10_000.0, 40)])
-def test_who_waits_for_a_turn_looks_rarely(
-    owner: Owner, rate: float | None, most_looks: int
-) -> None:
-    """The compute runs beside it: a look every 50 µs would be a thousand and more."""
-    holder, waiter = owner.port(rate), owner.port(rate)
-    looks: list[float] = []
-    pause = waiter._pause
-    waiter._pause = lambda waited: looks.append(waited) or pause(waited)  # type: ignore
-    assert holder.take_turn()
-
-    def hold() -> None:
-        wait_until(lambda: looks)
-        if rate:
-            holder.pace(int(0.1 * rate))
-        else:
-            time.sleep(0.1)
-        holder.end_turn()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    assert waiter.take_turn(patience=20.0)
-    thread.join()
-    assert len(looks) <= most_looks
-
-
 def test_nobody_waits_for_a_reader_that_was_stopped_in_its_turn(owner: Owner) -> None:
     stopped, reader, other = owner.port(), owner.port(), owner.port()
     assert stopped.take_turn()
