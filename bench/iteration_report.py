@@ -43,10 +43,12 @@ def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
             print(f"  {LABELS[row['better']]:>3} {text:>17}", end="")
         else:
             print(f"  {'':>21}", end="")
-        if "auto_cas_share" in row:
+        if "auto_thresholds" in row:
             thresholds = [t for each in row["auto_thresholds"] for t in each if t is not None]
             known = f"{min(thresholds)} to {max(thresholds)}" if thresholds else "unknown"
-            print(f" {row['auto_cas_share']:>12.0%} {row['auto_switches']:>9}  {known:>9}", end="")
+            print(
+                f" {row['cas_share']['auto']:>12.0%} {row['auto_switches']:>9}  {known:>9}", end=""
+            )
         print()
     if "better" in rows[0]:
         late = [str(r["batch"]) for r in rows if r["auto_over_better"]["median"] > TOLERANCE]

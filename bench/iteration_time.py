@@ -1,9 +1,13 @@
-"""Time of a decode step over the batch size: plain DP, WaS, CaS and auto, all up in one run.
+"""Time of a decode step over the batch size: plain DP, and WaS, CaS and auto of one SiDP engine.
+
+Two engines are up in one run, plain SGLang and SiDP. WaS and CaS are the SiDP engine with a batch
+threshold that is set while it runs, which teaches auto nothing: two engines of the same mode differ
+by more than the modes do where they are close.
 
 The link is paced so that the fetches of a step take about five times the step of a plain rank at
 batch 1. Every rank runs the same batch; repeats alternate between the sides, each time from another
-one on. Before a batch size is measured, each side runs it once uncounted, auto for longer: it
-learns. All sides are up at once: 18 GB of memory, twenty minutes on two cores.
+one on. Before a batch size is measured, auto runs it uncounted: it learns. Nor are the first steps
+after a change of side counted. 10 GB of memory, a quarter of an hour on two cores.
 """
 
 import argparse
@@ -18,6 +22,7 @@ from bench.figures import LABELS
 from bench.iteration_report import crossing, draw, print_table
 from bench.record import record, spread
 from bench.side import Side
+from sidp_sgl.weightpool.staging import ROWS_PER_RANK
 
 DP_SIZE = 2
 SIDES = ["plain", "was", "cas", "auto"]
@@ -25,28 +30,52 @@ BATCHES = [1, 2, 4, 8, 16, 32, 48, 64]
 REPEATS = 9
 FETCH_OVER_STEP = 5.0  # of a plain rank at batch 1
 LEARNING_STEPS = 96  # of auto; its threshold follows every 8 steps
-WARM_UP_STEPS = 8  # of the others
+WARM_UP_STEPS = 8  # of every run; a change of mode takes four
+THRESHOLDS = {"was": 1, "cas": ROWS_PER_RANK + 1, "auto": 0}  # 0: as the ranks measure it
 
 
-def keywords(side: str, gbps: float | None) -> dict[str, Any]:
-    common = {
+def keywords(gbps: float | None) -> dict[str, Any]:
+    """Of the plain engine, where `gbps` is None."""
+    return {
         "model_path": str(CHECKPOINT),
         "dp_size": DP_SIZE,
         "skip_tokenizer_init": True,
         **KEYWORDS,
+        **({} if gbps is None else {"sidp": True, "sidp_link_gbps": gbps}),
     }
-    if side == "plain":
-        return common
-    return {**common, "sidp": True, "sidp_mode": side, "sidp_link_gbps": gbps}
 
 
-def run(side: Side, batch: int, args: argparse.Namespace) -> Steps:
-    return run_steps(side, batch, args.steps, list(range(DP_SIZE)), args.seed)
+def start(stack: ExitStack, label: str, gbps: float | None, device_memory: str) -> Side:
+    environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": device_memory}
+    print(f"starting {label}", file=sys.stderr)
+    return stack.enter_context(Side(label, environment, keywords(gbps)))
 
 
-def warm_up(name: str, side: Side, batch: int, args: argparse.Namespace) -> None:
-    num_steps = LEARNING_STEPS if name == "auto" else WARM_UP_STEPS
-    run_batch(side, batch, num_steps, list(range(DP_SIZE)), args.seed)
+class Sides:
+    """What runs are made on, by name."""
+
+    def __init__(self, plain: Side | None, sidp: Side, args: argparse.Namespace) -> None:
+        self._plain = plain
+        self._sidp = sidp
+        self._args = args
+
+    def _of(self, name: str) -> Side:
+        if name == "plain":
+            assert self._plain is not None
+            return self._plain
+        self._sidp.update(sidp_batch_threshold=THRESHOLDS[name])
+        return self._sidp
+
+    def run(self, name: str, batch: int) -> Steps:
+        side, ranks = self._of(name), list(range(DP_SIZE))
+        run_batch(side, batch, WARM_UP_STEPS, ranks, self._args.seed)
+        steps = run_steps(side, batch, self._args.steps, ranks, self._args.seed)
+        assert steps.cas_steps == 0 or name in ("cas", "auto")
+        assert steps.cas_steps > 0 or name != "cas"
+        return steps
+
+    def learn(self, batch: int) -> None:
+        run_batch(self._of("auto"), batch, LEARNING_STEPS, list(range(DP_SIZE)), self._args.seed)
 
 
 def check_fetched_bytes(side: Side) -> None:
@@ -62,29 +91,27 @@ def rotated(names: list[str], by: int) -> list[str]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Batch size → side → its runs, and the link that they had."""
-    environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": args.device_memory}
     gbps, first_step = args.link_gbps, None
-    sides: dict[str, Side] = {}
     with ExitStack() as stack:
-        for name in args.sides:  # one after another: each calibrates on a quiet machine
-            print(f"starting {LABELS[name]}", file=sys.stderr)
-            side = Side(LABELS[name], environment, keywords(name, gbps))
-            sides[name] = stack.enter_context(side)
-            if name == "plain":
-                # The fastest: a step that was disturbed would make the link too slow.
-                first_step = min(run(side, 1, args).seconds for _ in range(6))
-                gbps = gbps or link_gbps(DP_SIZE, FETCH_OVER_STEP * first_step)
-            else:
-                check_fetched_bytes(side)
+        plain = None
+        if "plain" in args.sides:
+            plain = start(stack, LABELS["plain"], None, args.device_memory)
+            # The fastest: a step that was disturbed would make the link too slow.
+            steps = [run_steps(plain, 1, args.steps, [0, 1], args.seed) for _ in range(6)]
+            first_step = min(step.seconds for step in steps)
+            gbps = gbps or link_gbps(DP_SIZE, FETCH_OVER_STEP * first_step)
+        sidp = start(stack, "SiDP", gbps, args.device_memory)  # calibrates on a quiet machine
+        check_fetched_bytes(sidp)
+        sides = Sides(plain, sidp, args)
         runs: dict[int, dict[str, list[Steps]]] = {}
         for batch in args.batches:
-            runs[batch] = {name: [] for name in sides}
             print(f"batch {batch}", file=sys.stderr)
-            for name, side in sides.items():
-                warm_up(name, side, batch, args)
+            runs[batch] = {name: [] for name in args.sides}
+            if "auto" in args.sides:
+                sides.learn(batch)
             for number in range(args.repeats):
-                for name in rotated(list(sides), number):
-                    runs[batch][name].append(run(sides[name], batch, args))
+                for name in rotated(args.sides, number):
+                    runs[batch][name].append(sides.run(name, batch))
     return {"link_gbps": gbps, "first_step_seconds": first_step, "runs": runs}
 
 
@@ -97,8 +124,11 @@ def batch_row(batch: int, runs: dict[str, list[Steps]]) -> dict[str, Any]:
             for name, repeats in runs.items()
         },
     }
+    row["cas_share"] = {
+        name: statistics.median(steps.cas_share for steps in repeats)
+        for name, repeats in runs.items()
+    }
     if auto := runs.get("auto"):
-        row["auto_cas_share"] = statistics.median(steps.cas_share for steps in auto)
         row["auto_switches"] = sum(steps.switches for steps in auto)
         row["auto_thresholds"] = [steps.thresholds for steps in auto]
     if {"was", "cas", "auto"} <= set(runs):

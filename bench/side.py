@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sglang.srt.managers.io_struct import SetInternalStateReq
+
 from bench.offline import JobResult, run_job, shut_down, start_engine
 
 
@@ -43,6 +45,12 @@ class Side:
         self._pipe.send(("states",))
         return sorted(self._answer(), key=_place)
 
+    def update(self, **server_args: float) -> None:
+        """As SGLang's `set_internal_state`, on every rank."""
+        self._pipe.send(("update", server_args))
+        if not all(self._answer()):
+            raise RuntimeError(f"{self.name}: a rank refused {server_args}")
+
     def _answer(self) -> Any:
         try:
             result = self._pipe.recv()
@@ -69,6 +77,10 @@ def _serve(pipe: Connection, environment: dict[str, str], keywords: dict[str, An
                     engine.flush_cache()
                     _, prompts, sampling, options = request
                     pipe.send(run_job(engine, keywords["dp_size"], prompts, sampling, **options))
+                elif request[0] == "update":
+                    values = SetInternalStateReq(server_args=request[1])
+                    answers = engine.tokenizer_manager.set_internal_state(values)
+                    pipe.send(engine.loop.run_until_complete(answers))
                 else:
                     pipe.send(engine.get_server_info()["internal_states"])
             except Exception as error:

@@ -5,6 +5,7 @@ platform's own hooks.
 """
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from sidp_sgl.sglang_hooks.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.planned_times import planned_times
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.status import StatusHooks
+from sidp_sgl.sglang_hooks.updates import UpdateHooks
 from sidp_sgl.sglang_hooks.waiting import WaitingRequests
 from sidp_sgl.weightpool.compute_group import ComputeGroup, no_counters
 from sidp_sgl.weightpool.devices import make_calls, make_transport
@@ -144,6 +146,7 @@ class Rank:
                 *self.modes.hooks(),
                 *status.hooks(),
                 *MetricsHooks(status.status_of).hooks(),
+                *UpdateHooks(self.config, self.control.modes).hooks(),
             ]
         )
         if self.config.sidp_colocate:
@@ -187,7 +190,7 @@ class Rank:
 
     def status(self) -> dict[str, Any]:
         """The pool's and the modes' part of the `sidp` dictionary; sizes in bytes."""
-        pool, counters = self.pool, self.pool.prefetcher.counters
+        pool = self.pool
         sizes = pool.bytes()
         return {
             "enabled": True,
@@ -207,12 +210,7 @@ class Rank:
             "placeholders_unmaterialised": self.offloader.unmaterialised,
             **self.control.status(),
             "dispatch": self.control.dispatch_status(),
-            "was": {
-                "fetches": counters.fetches,
-                "bytes": counters.bytes,
-                "stall_seconds": counters.stall_seconds,
-                "resyncs": counters.resyncs,
-            },
+            "was": asdict(pool.prefetcher.counters),
             "cas": {
                 **self.control.cas_counters(),
                 **(self.cas.counters() if self.cas is not None else no_counters()),

@@ -36,11 +36,24 @@ class StepModes:
         self._given_threshold = threshold
         self._threshold: int | None = threshold
         self._decided = 0
+        self._learns = True
 
     @property
     def threshold(self) -> int | None:
         """Batch size from which WaS is used; None before it is known."""
         return self._threshold
+
+    def set_threshold(self, threshold: int | None) -> None:
+        """From the next step on; None: as `times` have it. While a threshold is set, steps teach
+        nothing: what `auto` knows afterwards is of steps that it chose itself."""
+        self._given_threshold = self._threshold = threshold
+        self._decided = 0
+        self._learns = threshold is None
+
+    def observe(self, mode: str, batch_size: int, seconds: float, stall_seconds: float) -> None:
+        """A decode step is over: as `StepTimes.observe`."""
+        if self.times is not None and self._learns:
+            self.times.observe(mode, batch_size, seconds, stall_seconds)
 
     def _patience(self, batch_size: int) -> float:
         """Seconds that owners have to answer."""

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import deque
 from itertools import accumulate
 from statistics import median
+from typing import NamedTuple
 
 from sidp_sgl.scheduler.mode_policy import CAS, WAS
 from sidp_sgl.scheduler.retries import OTHER, Retries
@@ -18,11 +19,24 @@ _OUTLIER = 10.0  # times the estimate of a step: more than that is a disturbance
 _NEAR = 0.05  # WaS may take longer than CaS by this part: it asks nothing of the owners
 
 
+class _Overhead(NamedTuple):
+    """What a step took beyond its measured compute; both in seconds."""
+
+    seconds: float
+    measured: float
+
+    def at(self, measured: float) -> float:
+        """The same of a step of another batch size: part of its compute where that is smaller (a
+        disturbed machine is slower at everything), and no more than was seen where it is larger."""
+        return self.seconds * min(1.0, measured / self.measured) if self.measured else self.seconds
+
+
 class StepTimes:
     """`fetch_seconds`: all fetches of a step; `compute_seconds`: batch size → compute of a step.
 
     A CaS step takes its compute and an overhead, a WaS step its compute and another overhead, or
-    its fetches where these take longer. Raises ValueError where `compute_seconds` is empty.
+    its fetches where these take longer; overheads shrink with the compute. Raises ValueError where
+    `compute_seconds` is empty.
     """
 
     def __init__(self, fetch_seconds: float, compute_seconds: dict[int, float]) -> None:
@@ -32,28 +46,35 @@ class StepTimes:
         self._sizes = sorted(compute_seconds)
         # A larger batch that measured faster is noise, and would make the threshold ambiguous.
         self._seconds = list(accumulate((compute_seconds[size] for size in self._sizes), max))
-        self._overheads: dict[str, deque[float]] = {}  # by mode, from its first observation on
+        self._overheads: dict[str, deque[_Overhead]] = {}  # by mode, from its first observation on
         self._retries = Retries()
 
-    def overhead_seconds(self, mode: str) -> float:
+    def overhead_seconds(self, mode: str, batch_size: int | None = None) -> float:
         """What a step takes beyond the measured compute, without stalls: scheduling, longer
         contexts, in CaS the way to the owners, in WaS what copies take from the compute beside
-        them. Below 0 where it takes less. A mode that was not seen yet is like the other one."""
+        them. Below 0 where it takes less. A mode that was not seen yet is like the other one.
+        `batch_size`: expected there; None: as it was seen, at whatever batch sizes."""
         seen = self._overheads.get(mode) or self._overheads.get(OTHER[mode])
-        return median(seen) if seen else 0.0
+        if not seen:
+            return 0.0
+        if batch_size is None:
+            return median(overhead.seconds for overhead in seen)
+        measured = self._measured(batch_size)
+        return median(overhead.at(measured) for overhead in seen)
 
     def observe(self, mode: str, batch_size: int, seconds: float, stall_seconds: float) -> None:
         """A decode step took `seconds` in all, `stall_seconds` of them waiting for fetches."""
         limit = self._limit(mode, batch_size)
         local = max(0.0, min(seconds - stall_seconds, limit))
         recent = self._overheads.setdefault(mode, deque(maxlen=_RECENT_STEPS))
-        recent.append(local - self._measured(batch_size))
+        measured = self._measured(batch_size)
+        recent.append(_Overhead(local - measured, measured))
         if mode == WAS:
             self._observe_fetches(min(seconds, limit), stall_seconds > _BOUND_SHARE * seconds)
         if self._retries.is_due(mode) and OTHER[mode] in self._overheads:
             # As if it had never cost anything: what slows one mode need not slow the other.
             least = min(0.0, self.overhead_seconds(mode))
-            self._overheads[OTHER[mode]] = deque([least], maxlen=_RECENT_STEPS)
+            self._overheads[OTHER[mode]] = deque([_Overhead(least, measured)], maxlen=_RECENT_STEPS)
 
     def _observe_fetches(self, seconds: float, is_bound: bool) -> None:
         """A WaS step that waits takes as long as its fetches; one that does not, longer."""
@@ -70,7 +91,7 @@ class StepTimes:
 
     def step_seconds(self, mode: str, batch_size: int) -> float:
         """Estimate of a decode step that does not stall for fetches."""
-        return max(0.0, self._measured(batch_size) + self.overhead_seconds(mode))
+        return max(0.0, self._measured(batch_size) + self.overhead_seconds(mode, batch_size))
 
     def _measured(self, batch_size: int) -> float:
         """Compute time as measured at start, on the line through the two nearest batch sizes."""

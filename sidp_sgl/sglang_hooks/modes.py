@@ -102,9 +102,8 @@ class ModeHooks:
         seconds = now - last.at
         weight = 0.1 if self._step_seconds else 1.0
         self._step_seconds += weight * (seconds - self._step_seconds)
-        if self._modes.times is not None:
-            stall = self._stall_seconds() - last.stall
-            self._modes.times.observe(last.mode, last.batch_size, seconds, stall)
+        stall = self._stall_seconds() - last.stall
+        self._modes.observe(last.mode, last.batch_size, seconds, stall)
 
     def _publish(self, result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
         running = len(scheduler.running_batch.reqs)

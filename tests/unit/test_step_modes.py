@@ -216,3 +216,30 @@ def test_a_threshold_out_of_reach_has_no_band_below_it(ranks: list[Rank]) -> Non
         mode = decode(modes, MAX_ROWS)
     assert modes.threshold == MAX_ROWS + 1
     assert mode == CAS
+
+
+def test_a_threshold_set_while_running_counts_from_the_next_step(ranks: list[Rank]) -> None:
+    modes = step_modes_of(ranks[0], "auto")
+    modes.times = StepTimes(1.0, {1: 0.1})
+    assert decode(modes, 8) == CAS
+    modes.set_threshold(8)
+    assert modes.threshold == 8
+    assert [decode(modes, 8) for _ in range(DWELL_STEPS)][-1] == WAS
+    modes.set_threshold(MAX_ROWS + 1)
+    assert [decode(modes, MAX_ROWS) for _ in range(DWELL_STEPS)][-1] == CAS, "beyond all batches"
+    modes.set_threshold(None)
+    decode(modes, 8)
+    assert modes.threshold == modes.times.threshold(MAX_ROWS), "measured again"
+
+
+def test_steps_teach_nothing_while_a_threshold_is_set(ranks: list[Rank]) -> None:
+    modes = step_modes_of(ranks[0], "auto")
+    modes.observe(CAS, 8, 0.2, 0.0)  # nothing was measured yet
+    modes.times = StepTimes(1.0, {1: 0.1})
+    modes.observe(CAS, 8, 0.2, 0.0)
+    modes.set_threshold(1)
+    modes.observe(CAS, 8, 0.9, 0.0)
+    assert modes.times.overhead_seconds(CAS) == pytest.approx(0.1)
+    modes.set_threshold(None)
+    modes.observe(CAS, 8, 0.4, 0.0)
+    assert modes.times.overhead_seconds(CAS) == pytest.approx(0.2)

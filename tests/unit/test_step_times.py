@@ -128,7 +128,31 @@ def test_a_step_that_takes_less_than_measured_lowers_the_estimate() -> None:
     step_times.observe(WAS, 16, 0.005, 0.0)
     assert step_times.overhead_seconds(WAS) == pytest.approx(-0.020)
     assert step_times.step_seconds(WAS, 16) == pytest.approx(0.005)
-    assert step_times.step_seconds(WAS, 1) == 0.0
+    assert step_times.step_seconds(WAS, 1) == pytest.approx(0.002), "a fifth of what was measured"
+
+
+def test_what_a_disturbed_machine_adds_shrinks_with_the_compute() -> None:
+    """40 ms learnt at batch 64 on a bad hour must not be expected at batch 1."""
+    step_times = StepTimes(0.065, {1: 0.010, 64: 0.050})
+    for _ in range(15):
+        step_times.observe(CAS, 64, 0.090, 0.0)
+        step_times.observe(WAS, 64, 0.090, 0.0)
+    assert step_times.step_seconds(CAS, 1) == pytest.approx(0.018)
+    assert step_times.step_seconds(CAS, 64) == pytest.approx(0.090)
+    assert 40 < step_times.threshold(64) < 48, "where 1.8 times the compute take 65 ms"
+
+
+def test_larger_batches_are_not_expected_to_cost_more_than_was_seen() -> None:
+    step_times = StepTimes(0.065, {1: 0.010, 64: 0.050})
+    step_times.observe(CAS, 1, 0.015, 0.0)
+    assert step_times.step_seconds(CAS, 64) == pytest.approx(0.055)
+
+
+def test_steps_of_several_batch_sizes_count_at_any_of_them() -> None:
+    step_times = StepTimes(0.065, {1: 0.010, 64: 0.050})
+    for batch_size, seconds in ((64, 0.090), (64, 0.090), (1, 0.018)):
+        step_times.observe(CAS, batch_size, seconds, 0.0)
+    assert step_times.step_seconds(CAS, 1) == pytest.approx(0.018)
 
 
 def test_a_step_bound_by_its_fetches_measures_them() -> None:
