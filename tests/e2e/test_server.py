@@ -118,6 +118,27 @@ def test_metrics_are_the_status_of_every_rank(running: Server) -> None:
         assert paths - {metric.path for metric in METRICS} == {("dp_rank",), ("dp_size",)}
 
 
+def cas_steps(running: Server) -> int:
+    states = running.get("/server_info")["internal_states"]
+    return sum(state["sidp"]["iterations"]["cas"] for state in states)
+
+
+def test_the_batch_threshold_can_be_set_meanwhile(running: Server) -> None:
+    def set_threshold(value: float) -> list[bool]:
+        return running.post("/set_internal_state", {"server_args": {"sidp_batch_threshold": value}})
+
+    body = {"text": HEADER + PROMPT, "sampling_params": {"temperature": 0, "max_new_tokens": 96}}
+    assert set_threshold(1) == [True, True]
+    before = cas_steps(running)
+    text = running.post("/generate", body)["text"]
+    assert cas_steps(running) == before
+    assert set_threshold(65) == [True, True]
+    assert running.post("/generate", body)["text"] == text
+    assert cas_steps(running) > before
+    assert set_threshold(-1) == [False, False]
+    assert set_threshold(0) == [True, True]
+
+
 def test_weight_updates_are_refused(running: Server) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
         running.post("/update_weights_from_disk", {"model_path": str(CHECKPOINT)})

@@ -13,7 +13,10 @@ PAGE = (PACKAGE.parent / "docs" / "operations.md").read_text()
 WORDS = " ".join(PAGE.replace("`", "").split())
 # Commands of their own, with pages of their own.
 ELSEWHERE = {"planner", "calibration", "batch"}
-ERRORS = {"SidpUsageError", "SidpError", "RankFailure", "RendezvousError", "TransportError"}
+ERRORS = {
+    *("SidpUsageError", "SidpError", "RankFailure", "RendezvousError", "TransportError"),
+    "UpdateRejected",
+}
 MIN_LENGTH = 8  # a shorter piece says nothing
 LOGS = {"logger.info", "logger.warning", "logger.error", "logger.exception"}
 
