@@ -159,7 +159,7 @@ class GroupTimes:
             work = Work.decode(batch, context)
             was = self._beside_fetches(self.rank.compute_seconds(work))
             cas = self.cas_seconds(work)
-            return streams(self.fetch_seconds, cas, was - cas)
+            return streams(self.fetch_seconds, was, cas)
 
         sent = min(max_batch, ROWS_PER_RANK)
         threshold = _first(is_streamed, sent)
