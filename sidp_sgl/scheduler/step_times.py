@@ -6,6 +6,7 @@ Room: scheduler. Pure: measured at start, corrected by every step. All times in 
 from bisect import bisect_left
 from collections import deque
 from itertools import accumulate
+from math import sqrt
 from statistics import median
 
 from sidp_sgl.scheduler.mode_policy import CAS, WAS
@@ -21,9 +22,11 @@ _NEAR = 0.05  # WaS may take longer than CaS by this part: it asks nothing of th
 class StepTimes:
     """`fetch_seconds`: all fetches of a step; `compute_seconds`: batch size → compute of a step.
 
-    A CaS step takes its compute times a slowdown, a WaS step its compute times another slowdown, or
-    its fetches where these take longer. Raises ValueError where `compute_seconds` is empty, or has
-    a time that is not above 0.
+    A CaS step takes its compute and an overhead, a WaS step its compute and another overhead, or
+    its fetches where these take longer. Part of an overhead is the same at every batch size
+    (scheduling, wake-ups), part goes with the compute (copies beside it, a busy machine), and steps
+    of one size don't tell which: between the two, it is taken to go with the compute's square root.
+    Raises ValueError where `compute_seconds` is empty, or has a time that is not above 0.
     """
 
     def __init__(self, fetch_seconds: float, compute_seconds: dict[int, float]) -> None:
@@ -33,28 +36,33 @@ class StepTimes:
         self._sizes = sorted(compute_seconds)
         # A larger batch that measured faster is noise, and would make the threshold ambiguous.
         self._seconds = list(accumulate((compute_seconds[size] for size in self._sizes), max))
-        self._slowdowns: dict[str, deque[float]] = {}  # by mode, from its first observation on
+        # By mode, from its first observation on: overhead over the square root of the compute.
+        self._overheads: dict[str, deque[float]] = {}
         self._retries = Retries()
 
-    def slowdown(self, mode: str) -> float:
-        """What a step takes without its stalls, over the measured compute: scheduling, longer
-        contexts, other work of the machine, in CaS the way to the owners, in WaS what copies take
-        from the compute beside them. A mode that was not seen yet is like the other one."""
-        seen = self._slowdowns.get(mode) or self._slowdowns.get(OTHER[mode])
-        return median(seen) if seen else 1.0
+    def overhead_seconds(self, mode: str, batch_size: int) -> float:
+        """What a step takes beyond the measured compute, without stalls: scheduling, longer
+        contexts, in CaS the way to the owners, in WaS what copies take from the compute beside
+        them. Below 0 where it takes less. A mode that was not seen yet is like the other one."""
+        return self._overhead(mode) * sqrt(self._measured(batch_size))
+
+    def _overhead(self, mode: str) -> float:
+        seen = self._overheads.get(mode) or self._overheads.get(OTHER[mode])
+        return median(seen) if seen else 0.0
 
     def observe(self, mode: str, batch_size: int, seconds: float, stall_seconds: float) -> None:
         """A decode step took `seconds` in all, `stall_seconds` of them waiting for fetches."""
         limit = self._limit(mode, batch_size)
         local = max(0.0, min(seconds - stall_seconds, limit))
-        recent = self._slowdowns.setdefault(mode, deque(maxlen=_RECENT_STEPS))
-        recent.append(local / self._measured(batch_size))
+        measured = self._measured(batch_size)
+        recent = self._overheads.setdefault(mode, deque(maxlen=_RECENT_STEPS))
+        recent.append((local - measured) / sqrt(measured))
         if mode == WAS:
             self._observe_fetches(min(seconds, limit), stall_seconds > _BOUND_SHARE * seconds)
-        if self._retries.is_due(mode) and OTHER[mode] in self._slowdowns:
+        if self._retries.is_due(mode) and OTHER[mode] in self._overheads:
             # As if it had never cost anything: what slows one mode need not slow the other.
-            least = min(1.0, self.slowdown(mode))
-            self._slowdowns[OTHER[mode]] = deque([least], maxlen=_RECENT_STEPS)
+            least = min(0.0, self._overhead(mode))
+            self._overheads[OTHER[mode]] = deque([least], maxlen=_RECENT_STEPS)
 
     def _observe_fetches(self, seconds: float, is_bound: bool) -> None:
         """A WaS step that waits takes as long as its fetches; one that does not, longer."""
@@ -64,14 +72,17 @@ class StepTimes:
     def _limit(self, mode: str, batch_size: int) -> float:
         """The longest observation that is believed: stopped processes must not set the times."""
         estimate = self.step_seconds(mode, batch_size)
-        if mode == WAS or mode not in self._slowdowns:
+        if mode == WAS or mode not in self._overheads:
             estimate = max(estimate, self.fetch_seconds)
         # An estimate of zero must be able to recover.
         return _OUTLIER * estimate if estimate > 0.0 else float("inf")
 
     def step_seconds(self, mode: str, batch_size: int) -> float:
         """Estimate of a decode step that does not stall for fetches."""
-        return self._measured(batch_size) * self.slowdown(mode)
+        return max(0.0, self._expected(mode, batch_size))
+
+    def _expected(self, mode: str, batch_size: int) -> float:
+        return self._measured(batch_size) + self.overhead_seconds(mode, batch_size)
 
     def _measured(self, batch_size: int) -> float:
         """Compute time as measured at start, on the line through the two nearest batch sizes."""
@@ -92,8 +103,9 @@ class StepTimes:
         return 1 + bisect_left(range(1, max_batch + 1), True, key=self._streams)
 
     def _streams(self, batch_size: int) -> bool:
-        """Once true, it stays so for all larger batches: compute never falls with the batch."""
-        was, cas = (self.step_seconds(mode, batch_size) for mode in (WAS, CAS))
+        """Once true, it stays so for all larger batches: compute never falls with the batch, and
+        overheads grow more slowly than the compute."""
+        was, cas = (self._expected(mode, batch_size) for mode in (WAS, CAS))
         return streams(self.fetch_seconds, was, cas)
 
 

@@ -239,7 +239,7 @@ def test_steps_teach_nothing_while_a_threshold_is_set(ranks: list[Rank]) -> None
     modes.observe(CAS, 8, 0.2, 0.0)
     modes.set_threshold(1)
     modes.observe(CAS, 8, 0.9, 0.0)
-    assert modes.times.slowdown(CAS) == pytest.approx(2.0)
+    assert modes.times.overhead_seconds(CAS, 8) == pytest.approx(0.1)
     modes.set_threshold(None)
     modes.observe(CAS, 8, 0.4, 0.0)
-    assert modes.times.slowdown(CAS) == pytest.approx(3.0), "the median of 2 and 4"
+    assert modes.times.overhead_seconds(CAS, 8) == pytest.approx(0.2), "the median of 0.1 and 0.3"
