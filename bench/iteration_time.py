@@ -7,7 +7,7 @@ by more than the modes do where they are close.
 The link is paced so that the fetches of a step take about five times the step of a plain rank at
 batch 1. Every rank runs the same batch; repeats alternate between the sides, each time from another
 one on. Before a batch size is measured, auto runs it uncounted: it learns. Nor are the first steps
-after a change of side counted. 10 GB of memory, a quarter of an hour on two cores.
+after a change of side counted. 9 GB of memory, twenty minutes on two cores.
 """
 
 import argparse

@@ -32,7 +32,7 @@ BENCHES = (
     Bench("was_throughput", 14, 3),
     Bench("round_trip", 2, 1),
     Bench("owner_share", 8, 2),
-    Bench("iteration_time", 10, 15),
+    Bench("iteration_time", 10, 20),
     Bench("tail", 20, 6),
     Bench("growth", 20, 8),
     Bench("validate_model", 8, 7),

@@ -38,7 +38,9 @@ class UpdateHooks:
 
     def _validate(self, field: str, value: Any) -> None:
         if self._mode != "auto":
-            raise UpdateRejected(f"{field} has no effect with --sidp-mode {self._mode}")
+            raise UpdateRejected(
+                f"{field} has no effect with --sidp-mode {self._mode}: restart with auto"
+            )
         if not (value >= 0 and float(value).is_integer()):
             raise UpdateRejected(
                 f"{field} {value} is not a batch size: use 1 or more, or 0 to measure it"

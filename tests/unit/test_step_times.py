@@ -138,8 +138,8 @@ def test_a_step_that_takes_less_than_measured_lowers_the_estimate() -> None:
 
 
 def test_an_overhead_goes_with_the_square_root_of_the_compute() -> None:
-    """40 ms that a busy machine adds at batch 64 are not added at batch 1, but more than a part
-    that is the same at every batch size would be."""
+    """Of 40 ms that are added at batch 64 less is expected at batch 1, but not as much less as the
+    compute is; and the other way round."""
     step_times = StepTimes(0.065, {1: 0.010, 64: 0.040})
     step_times.observe(CAS, 64, 0.080, 0.0)
     assert step_times.overhead_seconds(CAS, 64) == pytest.approx(0.040)

@@ -63,4 +63,6 @@ def test_it_has_no_effect_in_a_mode_that_was_given(mode: str, warnings: list[str
     rank = Rank(mode)
     assert not rank.update(sidp_batch_threshold=8)
     assert rank.modes.threshold is None
-    assert warnings == [f"sidp_batch_threshold has no effect with --sidp-mode {mode}"]
+    assert warnings == [
+        f"sidp_batch_threshold has no effect with --sidp-mode {mode}: restart with auto"
+    ]
