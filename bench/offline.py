@@ -85,12 +85,12 @@ class BatchSampler:
 
 
 def start_engine(**keywords: Any) -> sglang.Engine:
-    """An engine on CPU ranks; end it with `shut_down`."""
+    """An engine, on CPU ranks unless `device` says otherwise; end it with `shut_down`."""
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     prefix = config["semprefix"]
     config["semprefix"] = f"/{_SEMAPHORES}"  # inherited by the ranks
     try:
-        return sglang.Engine(device="cpu", log_level="error", **keywords)
+        return sglang.Engine(**{"device": "cpu", "log_level": "error", **keywords})
     finally:
         config["semprefix"] = prefix
 

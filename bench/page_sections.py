@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench import dispatch_overhead, growth, methods
+from bench import dispatch_overhead, growth, methods, peers
 from bench.figures import LABELS
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -123,7 +123,7 @@ def prefetch_order(results: dict[str, Any]) -> Table:
 
 
 def grown(results: dict[str, Any]) -> Table:
-    return growth.HEADS, [growth.cells(row) for row in results["rows"]]
+    return growth.HEADS, [*map(growth.cells, results["rows"])]
 
 
 def dispatched(results: dict[str, Any]) -> Table:
@@ -133,6 +133,11 @@ def dispatched(results: dict[str, Any]) -> Table:
 def overhead(results: dict[str, Any]) -> Table:
     rows = [dispatch_overhead.cells(row) for row in results["microseconds"]]
     return dispatch_overhead.HEADS, rows
+
+
+def peer_sides(results: dict[str, Any]) -> Table:
+    ranks = {name: keywords["dp_size"] for name, keywords in results["keywords"].items()}
+    return peers.HEADS, [peers.cells(n, row, ranks[n]) for n, row in results["sides"].items()]
 
 
 SECTIONS = (
@@ -203,5 +208,12 @@ SECTIONS = (
         "Dispatch: the policy's own time",
         "Per request, while 100,000 are queued; eight ranks.",
         overhead,
+    ),
+    Section(
+        "peers",
+        "Beside what SGLang itself offers",
+        "One model of real sizes with random weights, all GPUs, the same share of their memory and "
+        "the same job for every side. SGLang 0.5.23 has `sharded_gpu` for DeepSeek only.",
+        peer_sides,
     ),
 )

@@ -14,10 +14,18 @@ from bench.offline import JobResult, run_job, shut_down, start_engine
 
 
 class Side:
-    """`environment` and `keywords` as for sgl.Engine; use as a context manager."""
+    """`environment` and `keywords` as for sgl.Engine; use as a context manager. An engine that has
+    not started within `start_seconds` is ended."""
 
-    def __init__(self, name: str, environment: dict[str, str], keywords: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        environment: dict[str, str],
+        keywords: dict[str, Any],
+        start_seconds: float = 900.0,
+    ) -> None:
         self.name = name
+        self._start_seconds = start_seconds
         self.dp_size = keywords["dp_size"]
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
@@ -26,6 +34,9 @@ class Side:
         child.close()
 
     def __enter__(self) -> "Side":
+        if not self._pipe.poll(self._start_seconds):
+            self._process.kill()
+            raise RuntimeError(f"{self.name}: not started within {self._start_seconds:.0f} s")
         self._answer()  # started
         return self
 

@@ -19,12 +19,12 @@ from bench.record import gpus
 
 @dataclass(frozen=True)
 class Bench:
-    """`memory_gb`: what must be free; `minutes`: what it takes on two cores."""
+    """`memory_gb`: what must be free; `minutes`: what it takes on two cores, or on GPUs."""
 
     name: str
     memory_gb: float
     minutes: float
-    needs_gpu: bool = False
+    gpus: int = 0  # at least
 
 
 BENCHES = (
@@ -42,13 +42,14 @@ BENCHES = (
     Bench("makespan", 14, 4),
     Bench("dispatch_overhead", 2, 2),
     Bench("batch_memory", 2, 3),
+    Bench("peers", 32, 30, gpus=2),
 )
 
 
 def obstacle(bench: Bench) -> str | None:
     """Why the machine does not allow it."""
-    if bench.needs_gpu and not gpus():
-        return "needs an NVIDIA GPU"
+    if len(gpus()) < bench.gpus:
+        return f"needs {bench.gpus} NVIDIA GPUs, {len(gpus())} are here"
     free = psutil.virtual_memory().available / 1e9
     if free < bench.memory_gb:
         return f"needs {bench.memory_gb:g} GB of free memory, {free:.0f} GB are"
