@@ -59,7 +59,7 @@ class StepTimes:
         recent.append((local - measured) / sqrt(measured))
         if mode == WAS:
             self._observe_fetches(min(seconds, limit), stall_seconds > _BOUND_SHARE * seconds)
-        if self._retries.is_due(mode) and OTHER[mode] in self._overheads:
+        if self._retries.is_due(mode, batch_size) and OTHER[mode] in self._overheads:
             # As if it had never cost anything: what slows one mode need not slow the other.
             least = min(0.0, self._overhead(mode))
             self._overheads[OTHER[mode]] = deque([least], maxlen=_RECENT_STEPS)

@@ -1,14 +1,15 @@
 """When a mode that is not in use is tried again."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sidp_sgl.scheduler.mode_policy import CAS, WAS
-from sidp_sgl.scheduler.retries import FIRST_WAIT, LONGEST_WAIT, PROVEN_STEPS, Retries
+from sidp_sgl.scheduler.retries import FAR, FIRST_WAIT, LONGEST_WAIT, PROVEN_STEPS, Retries
 
 
-def due_steps(retries: Retries, mode: str, num_steps: int) -> list[int]:
-    return [step for step in range(1, num_steps + 1) if retries.is_due(mode)]
+def due_steps(retries: Retries, mode: str, num_steps: int, batch_size: int = 8) -> list[int]:
+    return [step for step in range(1, num_steps + 1) if retries.is_due(mode, batch_size)]
 
 
 def test_ever_more_rarely() -> None:
@@ -32,13 +33,28 @@ def test_a_mode_that_stayed_is_tried_again_soon() -> None:
     assert due_steps(retries, WAS, FIRST_WAIT) == [FIRST_WAIT]
 
 
-@given(st.lists(st.tuples(st.sampled_from([WAS, CAS]), st.integers(1, 400)), max_size=20))
-def test_retries_are_never_closer_than_the_first_wait(runs: list[tuple[str, int]]) -> None:
+@pytest.mark.parametrize("batch_size", [32 // FAR, 32 * FAR])
+def test_another_batch_size_brings_the_next_one_forward(batch_size: float) -> None:
+    retries = Retries()
+    due_steps(retries, CAS, 1, 32)
+    due_steps(retries, WAS, 5000, 32)
+    assert due_steps(retries, WAS, FIRST_WAIT, 24) == [], "that is near"
+    assert due_steps(retries, WAS, 1, int(batch_size)) == [1]
+    assert due_steps(retries, WAS, 7 * FIRST_WAIT, int(batch_size)) == [
+        *(2 * FIRST_WAIT, 6 * FIRST_WAIT)
+    ], "and then rarely again"
+
+
+steps_in_a_row = st.tuples(st.sampled_from([WAS, CAS]), st.integers(1, 400), st.integers(1, 64))
+
+
+@given(st.lists(steps_in_a_row, max_size=20))
+def test_retries_are_never_closer_than_the_first_wait(runs: list[tuple[str, int, int]]) -> None:
     retries = Retries()
     since = 0
-    for mode, num_steps in runs:
+    for mode, num_steps, batch_size in runs:
         for _ in range(num_steps):
             since += 1
-            if retries.is_due(mode):
+            if retries.is_due(mode, batch_size):
                 assert since >= FIRST_WAIT
                 since = 0
