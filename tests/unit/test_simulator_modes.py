@@ -1,7 +1,11 @@
 """The simulator's steps: timed as the planner times them, chosen as the engine chooses them."""
 
+from dataclasses import replace
+
 import pytest
 
+from bench.paper_anchors import TAIL
+from bench.paper_jobs import run
 from sidp_sgl.planner.deployment import SIDP, Deployment, Node
 from sidp_sgl.planner.gpus import find_gpu
 from sidp_sgl.planner.machine import Machine
@@ -55,6 +59,13 @@ def test_a_switch_comes_after_the_policys_dwell() -> None:
     assert first.steps[CAS] == 5 - (DWELL_STEPS - 1)
     assert (first.mode_switches, first.batch_threshold) == (1, 2)
     assert second.steps[WAS] == second.steps[CAS] == second.mode_switches == 0
+
+
+def test_over_a_long_tail_auto_beats_both_modes() -> None:
+    """Ranks that once found sending too dear, when all sent much, must come back to it."""
+    case = replace(TAIL, machine="testbed", fillings=1)
+    was, cas, auto = (run(case, SIDP, 1, mode).tokens_per_second for mode in (WAS, CAS, "auto"))
+    assert auto > 1.05 * max(was, cas)
 
 
 def test_a_job_ends_in_cas_and_is_faster_for_it() -> None:
