@@ -123,7 +123,7 @@ def prefetch_order(results: dict[str, Any]) -> Table:
 
 
 def grown(results: dict[str, Any]) -> Table:
-    return growth.HEADS, [*map(growth.cells, results["rows"])]
+    return growth.HEADS, [growth.cells(row) for row in results["rows"]]
 
 
 def dispatched(results: dict[str, Any]) -> Table:

@@ -1,9 +1,9 @@
 """SiDP beside what SGLang itself offers a node: plain DP, TP, DP attention, sharded_gpu.
 
 Every side has the same share of every GPU's memory and the same job. One side fills the GPUs, so
-they run one after the other, and every round starts each of them anew. A side that SGLang does not
-start for the model is a result too: 0.5.23 has `sharded_gpu` for DeepSeek only. `--device cpu`
-tries the bench itself, with plain DP and SiDP.
+they run one after the other, and every round starts each of them anew. A peer that fails is a
+result too (SGLang 0.5.23 has `sharded_gpu` for DeepSeek only); SiDP that fails is an error.
+`--device cpu` tries the bench itself, with plain DP and SiDP.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def job(args: argparse.Namespace, vocab_size: int) -> tuple[list[list[int]], dic
 def run_side(
     name: str, keywords: dict[str, Any], prompts: list[list[int]], sampling: dict[str, Any]
 ) -> dict[str, Any]:
-    """Start, warm up, run the job; `error` instead of figures where SGLang does not start."""
+    """Start, warm up, run the job; `error` instead of figures where SGLang fails."""
     try:
         with Side(name, {UNVERIFIED: "1"}, keywords, START_SECONDS) as side:
             side.run(prompts[: 4 * keywords["dp_size"]], {**sampling, "max_new_tokens": 16})
@@ -78,7 +78,7 @@ def run_side(
 
 
 def row(name: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Figures of one side over its rounds, or the error of the first that did not start."""
+    """Figures of one side over its rounds, or the error of the first that failed."""
     results = [each[name] for each in rounds]
     if errors := [result["error"] for result in results if "error" in result]:
         return {"error": errors[0]}
@@ -98,7 +98,7 @@ def row(name: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
 
 def cells(name: str, found: dict[str, Any], num_ranks: int) -> list[str]:
     if "error" in found:
-        return [name, str(num_ranks), "", "", f"not started: {found['error'][:60]}"]
+        return [name, str(num_ranks), "", "", f"failed: {found['error'][:60]}"]
     speed, ratio = found["tokens_per_second"]["median"], found.get("over_plain")
     return [
         name,
@@ -160,6 +160,8 @@ def main() -> None:
     record(name, {"arguments": vars(args), **results})
     ranks = {name: keywords["dp_size"] for name, keywords in results["keywords"].items()}
     print(plain(HEADS, [cells(n, found, ranks[n]) for n, found in results["sides"].items()]))
+    if error := results["sides"]["SiDP"].get("error"):
+        sys.exit(f"error: SiDP failed: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""bench.peers without GPUs: its checkpoint, its memory, and sides that do not start."""
+"""bench.peers without GPUs: its checkpoint, its memory, and sides that fail."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def measured(speed: float, **other: Any) -> dict[str, Any]:
     return {"tokens_per_second": speed, "kv_tokens": 1000, "mean_batch": 8.0, "fetches": 0, **other}
 
 
-def test_ratios_are_of_the_same_round_and_a_side_that_does_not_start_is_a_result() -> None:
+def test_ratios_are_of_the_same_round_and_a_side_that_fails_is_a_result() -> None:
     rounds = [
         {"plain DP": measured(100.0), "SiDP": measured(150.0), "sharded_gpu": {"error": "no"}},
         {"plain DP": measured(200.0), "SiDP": measured(240.0), "sharded_gpu": {"error": "no"}},
@@ -51,6 +51,6 @@ def test_ratios_are_of_the_same_round_and_a_side_that_does_not_start_is_a_result
     keywords = {name: {"dp_size": 4} for name in compared}
     heads, rows = peer_sides({"sides": compared, "keywords": keywords})
     assert {len(row) for row in rows} == {len(heads)}
-    assert rows[2][-1] == "not started: no"
+    assert rows[2][-1] == "failed: no"
     rounds[0]["plain DP"] = {"error": "too large"}
     assert "over_plain" not in peers.row("SiDP", rounds), "where plain DP does not fit"
