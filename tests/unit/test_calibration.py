@@ -15,7 +15,7 @@ from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.shm import ShmTransport
 from tests.support.pools import Group, RankUnderTest, layer_bytes, run_group
 
-FETCH_SECONDS = 0.01  # of one layer
+FETCH_SECONDS = 0.04  # of one layer; far above the pauses of a busy machine
 
 
 class Runner:
@@ -72,7 +72,8 @@ def calibrated(group: Group, runners: list[Runner]) -> list[StepTimes]:
 
 def test_fetch_time_is_that_of_all_layers_also_of_those_prefetched_before() -> None:
     for times in calibrated(Group(2, 8), [Runner(4, lambda n: 0.0) for _ in range(2)]):
-        assert 0.9 * 4 * FETCH_SECONDS < times.fetch_seconds < 4 * 4 * FETCH_SECONDS
+        # Half of it, were the first pass timed; less than all, where a pause lies between passes.
+        assert 0.7 * 4 * FETCH_SECONDS < times.fetch_seconds < 4 * 4 * FETCH_SECONDS
 
 
 def test_layers_that_stay_in_their_slots_take_no_time() -> None:
@@ -94,10 +95,10 @@ def test_steps_are_timed_at_growing_batch_sizes(largest: int, sizes: list[int]) 
 
 
 def test_a_disturbed_run_does_not_set_the_time() -> None:
-    disturbed = iter([80.0, 1.0, 1.0] * 2)
+    disturbed = iter([400.0, 1.0, 1.0] * 2)
     runner = Runner(1, lambda size: next(disturbed))
     (times, _) = calibrated(Group(2, 2), [runner, Runner(1, lambda size: 0.0)])
-    assert times.step_seconds("was", 1) < 0.04
+    assert times.step_seconds("was", 1) < 0.3
 
 
 def test_units_use_the_pool_again_where_a_step_failed() -> None:

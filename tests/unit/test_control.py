@@ -73,7 +73,7 @@ def test_silence_is_waited_for_within_its_bound(directory: Path) -> None:
     with ranks_in(directory, 3, is_listening=lambda rank: rank == 1) as ranks:
         started = time.monotonic()
         assert ranks[0].control.leases(4, 0.05) is None
-        assert 0.045 < time.monotonic() - started < 1.0
+        assert 0.045 < time.monotonic() - started < AMPLE_SECONDS
         assert ranks[0].control.silences == 1
         assert ranks[0].control.wait_seconds > 0.045
         wait_until(lambda: ranks[1].ledger._closed.get(0) == 1)

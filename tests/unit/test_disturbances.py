@@ -65,10 +65,10 @@ def test_a_seed_gives_every_rank_declines_of_its_own_and_the_same_ones_again() -
 def test_answers_are_delayed_as_long_as_was_asked_for() -> None:
     started = time.monotonic()
     refusals(DisturbedAnswers(Disturbances(delay=1.0, delay_ms=5.0), rank=0), 4)
-    assert 0.02 <= time.monotonic() - started < 1.0
+    assert time.monotonic() - started >= 0.02
     started = time.monotonic()
     refusals(DisturbedAnswers(Disturbances(delay=0.0, delay_ms=1e6), rank=0), 4)
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 100  # one delay is a thousand seconds
 
 
 @pytest.mark.parametrize("steps", [1, 4])
