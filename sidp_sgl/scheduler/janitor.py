@@ -19,6 +19,7 @@ MARK = "SIDP_GROUP"  # environment variable that every process of an engine carr
 SEMAPHORE_PREFIX = "/sidp-{group}"
 _SEGMENTS = ("/dev/shm/sglang_loads_{group}_*.shm", "/dev/shm/sem.sidp-{group}-*")
 _KILL_SECONDS = 8.0
+_QUIET_SECONDS = 0.2  # a process in the middle of its exec has no environment to be known by
 _STALE_SECONDS = 60.0
 _LONGEST_PARENT = 55  # characters: the path of a Unix socket has at most 107
 _LOCK_FILE = "janitor.lock"
@@ -92,6 +93,7 @@ def find_processes(group: str) -> list[int]:
 def kill_processes(group: str, timeout: float = _KILL_SECONDS) -> None:
     """SIGKILL every process of the group, also those that it starts meanwhile, and wait."""
     deadline = time.monotonic() + timeout
+    last_seen = time.monotonic()
     dying: set[int] = set()
     while time.monotonic() < deadline:
         found = find_processes(group)
@@ -102,7 +104,9 @@ def kill_processes(group: str, timeout: float = _KILL_SECONDS) -> None:
                 continue
         # The environment goes first when a process dies, its devices' memory last.
         dying = {pid for pid in dying.union(found) if _is_running(pid)}
-        if not found and not dying:
+        if found or dying:
+            last_seen = time.monotonic()
+        elif time.monotonic() - last_seen > _QUIET_SECONDS:
             return
         time.sleep(0.02)
 

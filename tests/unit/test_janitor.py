@@ -134,6 +134,16 @@ def test_waits_for_processes_that_start_more(group: str) -> None:
     assert not find_processes(group)
 
 
+def test_a_process_in_the_middle_of_its_exec_is_found_a_little_later(
+    group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, scans = marked_process(group), iter([[], []])
+    monkeypatch.setattr(janitor, "_QUIET_SECONDS", 1.0)
+    monkeypatch.setattr(janitor, "find_processes", lambda name: next(scans, find_processes(name)))
+    janitor.kill_processes(group)
+    assert process.poll() == -signal.SIGKILL
+
+
 def test_sweep_removes_what_a_crash_left_and_nothing_else(tmp_path: Path) -> None:
     groups = {name: uuid.uuid4().hex[:12] for name in ("stale", "used", "young")}
     directories = {name: tmp_path / f"sidp-{group}" for name, group in groups.items()}
