@@ -113,9 +113,12 @@ class Kills:
         return False
 
     def _kill_rank(self, running: RunBatch) -> None:
-        while not (ranks := running.rank_processes()) and running.process.poll() is None:
+        while running.process.poll() is None:
+            if ranks := running.rank_processes():
+                with suppress(psutil.NoSuchProcess):  # its engine was just being ended
+                    self._random.choice(ranks).kill()
+                    return
             time.sleep(0.1)  # the engine is being started again
-        self._random.choice(ranks).kill()
 
     def _look(self) -> int:
         """How many whole records there are; all that were there before must be."""

@@ -53,7 +53,8 @@ def text_of(record: dict[str, Any]) -> str:
 
 def is_rank(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
-        return process.cmdline()[0].startswith("sglang::scheduler")
+        # Of a process that is dead but still listed it is empty.
+        return "".join(process.cmdline()[:1]).startswith("sglang::scheduler")
     return False
 
 
