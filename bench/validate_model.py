@@ -2,8 +2,9 @@
 
 For d ranks: a plain engine says how fast the link is to be (fetches of so many T(1)); `sidp-sgl
 calibrate` measures the machine over that link, with layers of the model's shape but in other
-depths; then the step times, the threshold and the throughput of a job are predicted for each
-engine and measured. Nothing that is predicted has been measured on the engines that are compared.
+depths, before the engines with SiDP and after them; then the step times, the threshold and the
+throughput of a job, as measured of each engine, are compared with what both calibrations predict.
+Nothing that is predicted has been measured on the engines that are compared.
 """
 
 import argparse
@@ -24,13 +25,12 @@ from bench.demo_job import make_prompts
 from bench.record import record
 from bench.side import Side
 from bench.tables import markdown, plain, put_into
+from bench.validation_predictions import Predictions
 from bench.validation_table import BAND, Row, summary, table
-from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import ModelShape, load_model
-from sidp_sgl.planner.simulator import Request, Settings, simulate
+from sidp_sgl.planner.simulator import Request
 from sidp_sgl.planner.weights import Split, block_bytes
-from sidp_sgl.weightpool.staging import ROWS_PER_RANK
 from tests.support.checkpoints import write_checkpoint
 
 LAYERS, HIDDEN, INTERMEDIATE = 16, 256, 1024
@@ -62,13 +62,6 @@ def calibrate(model: Path, num_ranks: int, gbps: float, out: Path) -> dict[str, 
     return json.loads(out.read_text())
 
 
-def deployment(shape: ModelShape, machine: Machine, num_ranks: int, side: str) -> Deployment:
-    node = Node(shape, machine, num_ranks)
-    if side == "plain":
-        return Deployment(node, REPLICAS, 1, num_ranks)
-    return Deployment(node, SIDP, 1, num_ranks, side)
-
-
 class Validation:
     """One number of ranks."""
 
@@ -78,7 +71,7 @@ class Validation:
         single = {"was", "cas"} if num_ranks >= MANY_RANKS else set()
         self.names = [name for name in args.sides if name not in single]
         self.rows: list[Row] = []
-        self.gbps = 0.0
+        self.gbps = self.drift = 0.0
         self.thresholds: dict[str, Any] = {}
 
     def run(self, folder: Path) -> dict[str, Any]:
@@ -88,20 +81,23 @@ class Validation:
             step = min(self._step(side, 1) for _ in range(3))
             measured["plain"] = self._measure("plain", side)
         self.gbps = fetched_bytes(self.shape, self.num_ranks) / (FETCH_OVER_STEP * step) / 1e9
-        file = folder / f"calibration-{self.num_ranks}.json"
-        calibration = calibrate(self.model, self.num_ranks, self.gbps, file)
+        files = [folder / f"{when}-{self.num_ranks}.json" for when in ("before", "after")]
+        calibrations = [calibrate(self.model, self.num_ranks, self.gbps, files[0])]
         for name in self.names[1:]:
             more = {"sidp": True, "sidp_mode": name, "sidp_link_gbps": self.gbps}
             if name == "auto":
-                more["sidp_calibration"] = str(file)
+                more["sidp_calibration"] = str(files[0])
             with self._side(name, more) as side:
                 measured[name] = self._measure(name, side)
-        self._compare(Machine.from_json(file), measured)
+        calibrations.append(calibrate(self.model, self.num_ranks, self.gbps, files[1]))
+        machines = [Machine.from_json(file) for file in files]
+        self._compare(Predictions(self.shape, machines, self.num_ranks), measured)
         return {
             "ranks": self.num_ranks,
             "link_gbps": self.gbps,
-            "machine": calibration["machine"],
-            "points": calibration["points"],
+            "drift": self.drift,
+            "machines": [calibration["machine"] for calibration in calibrations],
+            "points": [calibration["points"] for calibration in calibrations],
             "thresholds": self.thresholds,
             "rows": [
                 {**dataclasses.asdict(row), "error": row.error, "agrees": row.agrees}
@@ -146,14 +142,12 @@ class Validation:
             self.thresholds["learnt"] = _thresholds(side)
         return {"steps": steps, "tokens_per_second": statistics.median(job)}
 
-    def _compare(self, machine: Machine, measured: dict[str, dict[str, Any]]) -> None:
+    def _compare(self, predictions: Predictions, measured: dict[str, dict[str, Any]]) -> None:
         context = INPUT_TOKENS + STEPS / 2
-        group = deployment(self.shape, machine, self.num_ranks, "auto").group
-        threshold = group.threshold(context, ROWS_PER_RANK)
+        self.drift = predictions.drift(tuple(self.args.batches), context)
         for batch in self.args.batches:
             for name, seen in measured.items():
-                model = deployment(self.shape, machine, self.num_ranks, name)
-                said = model.decode_seconds(batch, context, threshold)
+                said = predictions.step_seconds(name, batch, context)
                 self._add("step, ms", name, batch, 1e3 * said, 1e3 * seen["steps"][batch])
         per_rank, input_len, output_len = JOB
         requests = [
@@ -161,13 +155,14 @@ class Validation:
             for number in range(per_rank * self.num_ranks)
         ]
         for name, seen in measured.items():
-            model = deployment(self.shape, machine, self.num_ranks, name)
-            said = simulate(model, requests, settings=Settings(ignore_eos=True)).tokens_per_second
+            said = predictions.tokens_per_second(name, requests)
             self._add("job, tokens/s", name, None, said, seen["tokens_per_second"])
         if "auto" in measured:
-            self.thresholds |= {"predicted": threshold, "fetch_ms": 1e3 * group.fetch_seconds}
+            said = predictions.threshold(context)
+            fetch_ms = 1e3 * predictions.fetch_seconds()
+            self.thresholds |= {"predicted": said, "fetch_ms": fetch_ms}
             learnt = statistics.fmean(self.thresholds["learnt"])
-            self._add("threshold", "auto", None, threshold, learnt)
+            self._add("threshold", "auto", None, said, learnt)
 
     def _add(self, what: str, side: str, batch: int | None, said: float, seen: float) -> None:
         row = Row(self.num_ranks, what, side, batch, said, seen)
@@ -211,9 +206,10 @@ def main() -> None:
     name = "validate_model" if is_complete else "validate_model_quick"
     record(name, {"arguments": vars(args), "band": BAND, "groups": results})
     print(plain(*table(rows)))
-    print(summary(rows))
+    text = summary(rows, max(group["drift"] for group in results))
+    print(text)
     if is_complete:
-        put_into("planner.md", "validated", f"{markdown(*table(rows))}\n\n{summary(rows)}")
+        put_into("planner.md", "validated", f"{markdown(*table(rows))}\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,12 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     return heads, cells
 
 
-def summary(rows: list[Row]) -> str:
+def summary(rows: list[Row], drift: float) -> str:
+    """`drift`: how far the calibrations before and after lie apart, relative."""
     inside = sum(row.agrees for row in rows)
     errors = sorted(abs(row.error) for row in rows)
     return (
         f"{inside} of {len(rows)} within {BAND:.0%}; median error {statistics.median(errors):.0%}, "
-        f"largest {errors[-1]:.0%}."
+        f"largest {errors[-1]:.0%}. Between the calibrations before and after, the machine's own "
+        f"speed moved by up to {drift:.0%}."
     )
