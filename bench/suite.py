@@ -35,7 +35,7 @@ BENCHES = (
     Bench("iteration_time", 10, 20),
     Bench("tail", 20, 6),
     Bench("growth", 20, 8),
-    Bench("validate_model", 8, 7),
+    Bench("validate_model", 8, 12),
     Bench("paper", 1, 4),
     Bench("scale", 3, 6),
     Bench("prefix_dispatch", 14, 9),
