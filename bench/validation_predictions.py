@@ -21,16 +21,14 @@ class Predictions:
         """A decode step of a rank whose requests have `context` tokens."""
 
         def seconds(node: Node) -> float:
-            threshold = self._deployment(node, "auto").group.threshold(context, ROWS_PER_RANK)
+            threshold = self._threshold(node, context)
             return self._deployment(node, side).decode_seconds(batch, context, threshold)
 
         return self._mean(seconds)
 
     def threshold(self, context: float) -> float:
         """The batch from which auto streams weights."""
-        return self._mean(
-            lambda node: self._deployment(node, "auto").group.threshold(context, ROWS_PER_RANK)
-        )
+        return self._mean(lambda node: self._threshold(node, context))
 
     def fetch_seconds(self) -> float:
         """All fetches of a WaS step."""
@@ -52,11 +50,14 @@ class Predictions:
         furthest = 0.0
         for batch in batches:
             said = [
-                self._deployment(node, "plain").decode_seconds(batch, context, 0)
+                self._deployment(node, "plain").decode_seconds(batch, context)
                 for node in self._nodes
             ]
             furthest = max(furthest, max(said) / min(said) - 1)
         return furthest
+
+    def _threshold(self, node: Node, context: float) -> int:
+        return self._deployment(node, "auto").group.threshold(context, ROWS_PER_RANK)
 
     def _deployment(self, node: Node, side: str) -> Deployment:
         if side == "plain":

@@ -67,8 +67,8 @@ def test_answers_are_delayed_as_long_as_was_asked_for() -> None:
     refusals(DisturbedAnswers(Disturbances(delay=1.0, delay_ms=5.0), rank=0), 4)
     assert time.monotonic() - started >= 0.02
     started = time.monotonic()
-    refusals(DisturbedAnswers(Disturbances(delay=0.0, delay_ms=1e6), rank=0), 4)
-    assert time.monotonic() - started < 100  # one delay is a thousand seconds
+    refusals(DisturbedAnswers(Disturbances(delay=0.0, delay_ms=1e4), rank=0), 4)
+    assert time.monotonic() - started < 10  # one delay would be that long
 
 
 @pytest.mark.parametrize("steps", [1, 4])
