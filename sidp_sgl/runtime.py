@@ -100,6 +100,8 @@ class Rank:
         self.dp_rank = parallel.dp_rank
         self.dp_size = parallel.dp_size
         self.is_cuda = server_args.device == "cuda"
+        graphs = server_args.cuda_graph_config  # None on CPUs
+        self.graphs = self.is_cuda and graphs.decode.backend != "disabled"
         self.model_config = model_config_of(server_args)
         layer_owners = owners(
             self.model_config.num_hidden_layers, self.dp_size, config.sidp_placement
@@ -174,7 +176,7 @@ class Rank:
 
     def _compute_group(self, units: list[PooledUnit]) -> ComputeGroup:
         staging = make_staging((unit.row_bytes for unit in units), self.dp_size)
-        calls = make_calls(self.pool.transport, self.dp_rank, self.dp_size, staging)
+        calls = make_calls(self.pool.transport, self.dp_rank, self.dp_size, staging, self.graphs)
         owned = [unit for unit in units if self.pool.owns(unit.layer)]
         return ComputeGroup(calls, staging, owned, self.control.share.add)
 

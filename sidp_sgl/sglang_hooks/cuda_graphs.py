@@ -1,4 +1,6 @@
-"""WaS inside SGLang's decode CUDA graphs: a step's fetches are captured with it.
+"""SGLang's decode CUDA graphs with --sidp: one set of graphs per mode, chosen per step.
+
+A WaS step's fetches are captured with it; a CaS step is captured in parts (`cas_graphs.py`).
 
 Room: sglang_hooks. Only decode's "full" graphs are known; `refusals.py` keeps the others away.
 """
@@ -8,12 +10,12 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from sidp_sgl.sglang_hooks.cas_graphs import CasGraphs
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.pool import WeightPool
 
 _BACKEND = "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend.FullCudaGraphBackend"
-_RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 
 
 class GraphHooks:
@@ -22,32 +24,29 @@ class GraphHooks:
     def __init__(self, pool: WeightPool, execution: UnitExecution) -> None:
         self._pool = pool
         self._execution = execution
+        self._cas = CasGraphs(execution)
 
     def hooks(self) -> list[Hook]:
         return [
             Hook(f"{_BACKEND}.capture_one", self._capture_one, HookType.AROUND),
             Hook(f"{_BACKEND}.replay", self._replay, HookType.AROUND),
-            Hook(f"{_RUNNER}.can_run_graph", self._can_run_graph, HookType.AROUND),
         ]
 
     def _capture_one(
         self, original: Any, backend: Any, shape_key: Any, forward: Callable, *args: Any, **kw: Any
-    ) -> Any:
+    ) -> None:
         """`forward` runs twice to warm up, and then once more to be captured."""
 
         def step() -> Any:
             with self._pool.step():
                 return forward()
 
-        return original(backend, shape_key, step, *args, **kw)
+        original(backend, shape_key, step, *args, **kw)
+        self._cas.capture(backend, shape_key, forward)
 
-    def _replay(self, original: Any, backend: Any, *args: Any, **kwargs: Any) -> Any:
-        self._pool.begin_replay()
-        return original(backend, *args, **kwargs)
-
-    def _can_run_graph(self, original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
-        """A CaS step calls its owners from the host."""
+    def _replay(self, original: Any, backend: Any, shape_key: Any, *args: Any, **kw: Any) -> Any:
         remote = self._execution.remote
         if remote is not None and remote.is_active:
-            return False
-        return original(runner, *args, **kwargs)
+            return self._cas.replay(shape_key)
+        self._pool.begin_replay()
+        return original(backend, shape_key, *args, **kw)

@@ -13,6 +13,8 @@ from enum import Enum
 
 import torch
 
+from sidp_sgl.weightpool.pooled_unit import PooledUnit
+
 
 @dataclass(frozen=True)
 class Call:
@@ -58,6 +60,10 @@ class Calls(ABC):
     @abstractmethod
     def wait(self, owner: int, seconds: float) -> Outcome:
         """Outcome of the latest call to `owner`; after SILENT it may be asked again."""
+
+    def prepare(self, units: Sequence[PooledUnit]) -> Sequence[PooledUnit]:
+        """`units` as this rank's service computes them."""
+        return units
 
     def serving(self) -> AbstractContextManager[None]:
         """Around all that the thread does which receives, computes and answers."""

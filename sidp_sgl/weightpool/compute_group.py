@@ -22,7 +22,8 @@ class ComputeGroup:
     ) -> None:
         self.calls = calls
         self.remote = RemoteUnits(calls, staging)
-        self.service = ComputeService(calls, {unit.number: unit for unit in owned}, on_busy)
+        served = {unit.number: unit for unit in calls.prepare(owned)}
+        self.service = ComputeService(calls, served, on_busy)
 
     def counters(self) -> dict[str, Any]:
         """What was sent and served; times in seconds."""
@@ -40,6 +41,7 @@ def _as_dict(remote: RemoteCounters, service: ServiceCounters) -> dict[str, Any]
         "rows_sent": remote.rows_sent,
         "fallbacks": remote.fallbacks,
         "wait_seconds": remote.wait_seconds,
+        "replays": remote.replays,
         "rows_served": service.rows_served,
         "gemms": service.gemms,
         "fused_gemms": service.fused_gemms,

@@ -10,20 +10,32 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from sidp_sgl.weightpool.alignment import align
 from sidp_sgl.weightpool.cuda_driver import CudaDriver
 from sidp_sgl.weightpool.cuda_memory import PeerMemory, SharedMemory
+from sidp_sgl.weightpool.graphed_units import graphed
+from sidp_sgl.weightpool.pooled_unit import PooledUnit
 from sidp_sgl.weightpool.word_calls import WordCalls
 
 
 class CudaCalls(WordCalls):
-    """One GPU rank's end. `inbox_bytes` and `results_bytes` are the same on all ranks."""
+    """One GPU rank's end. `inbox_bytes` and `results_bytes` are the same on all ranks; `graphs`:
+    whether the service's units become CUDA graphs."""
 
     def __init__(
-        self, driver: CudaDriver, rank: int, num_ranks: int, inbox_bytes: int, results_bytes: int
+        self,
+        driver: CudaDriver,
+        rank: int,
+        num_ranks: int,
+        inbox_bytes: int,
+        results_bytes: int,
+        *,
+        graphs: bool = True,
     ) -> None:
         super().__init__(rank, num_ranks)
-        self._driver = driver
+        self._driver, self._graphs = driver, graphs
         self._memory = SharedMemory(driver, align(inbox_bytes) + results_bytes)
         self._inbox_bytes = inbox_bytes
         self.inbox = self._memory.data[:inbox_bytes]
@@ -45,6 +57,14 @@ class CudaCalls(WordCalls):
         words = self._bells[peer].map
         address = ctypes.addressof(ctypes.c_char.from_buffer(words))
         self._words[peer] = address, self._driver.register_host(address, len(words))
+
+    def prepare(self, units: Sequence[PooledUnit]) -> Sequence[PooledUnit]:
+        if not self._graphs:
+            return units
+        with torch.no_grad(), self._driver.on_stream(self._stream):
+            prepared = graphed(units, self.inbox.device, self._driver.graph)
+            self._driver.synchronize()
+        return prepared
 
     @contextmanager
     def serving(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from enum import Enum
+from functools import cached_property
 
 import torch
 
@@ -184,6 +185,24 @@ class CudaDriver(ABC):
     def write_word(self, stream: int, address: int, value: int) -> None:
         """Enqueue a write of 64 bits, visible everywhere only after all earlier writes of the
         stream; `address`: a device's or, registered, the host's."""
+
+    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What `work` enqueues through PyTorch on the current stream, to be launched again and
+        again on it; `work` runs once before, to warm up. All graphs of a driver share memory."""
+        work()
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # What other threads ask of the driver meanwhile is not of this graph.
+        graph.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        return graph.replay
+
+    @cached_property
+    def _graph_pool(self) -> tuple[int, int]:
+        return torch.cuda.graph_pool_handle()
 
     def run(self, stream: int, work: Callable[[], None]) -> None:
         """Enqueue what `work` enqueues through PyTorch or Triton."""

@@ -24,8 +24,11 @@ def make_transport(device: str, link_bytes_per_second: float | None) -> Transpor
     return CudaTransport(LibCuda, copier)
 
 
-def make_calls(transport: Transport, rank: int, num_ranks: int, staging: Staging) -> Calls:
-    """Calls between ranks whose blocks `transport` shares; after `transport.allocate`."""
+def make_calls(
+    transport: Transport, rank: int, num_ranks: int, staging: Staging, graphs: bool
+) -> Calls:
+    """Calls between ranks whose blocks `transport` shares; after `transport.allocate`. `graphs`:
+    whether CUDA graphs may be made, on GPUs."""
     sizes = staging.inbox_bytes, staging.results_bytes
     if isinstance(transport, ShmTransport):
         return ShmCalls(rank, num_ranks, *sizes)
@@ -33,4 +36,4 @@ def make_calls(transport: Transport, rank: int, num_ranks: int, staging: Staging
     from sidp_sgl.weightpool.cuda_calls import CudaCalls
 
     assert isinstance(transport, CudaTransport)
-    return CudaCalls(transport.driver, rank, num_ranks, *sizes)
+    return CudaCalls(transport.driver, rank, num_ranks, *sizes, graphs=graphs)

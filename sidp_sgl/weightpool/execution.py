@@ -4,7 +4,7 @@ In a CaS step a layer that happens to lie in a slot, because it was prefetched f
 step, is computed here and stays there: what was prefetched is used, and the slots stay as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,9 @@ from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.pooled_unit import PooledUnit
 from sidp_sgl.weightpool.remote import RemoteUnits
 
+# Rows [num_rows, in_width] of a unit to its result's rows, [num_rows, out_width].
+Call = Callable[[PooledUnit, torch.Tensor], torch.Tensor]
+
 
 class UnitExecution:
     """`remote` is None where every step is a WaS step."""
@@ -21,6 +24,7 @@ class UnitExecution:
     def __init__(self, pool: WeightPool, remote: RemoteUnits | None = None) -> None:
         self._pool = pool
         self._uses_pool = True
+        self._captured_call: Call | None = None
         self.remote = remote
 
     @property
@@ -32,16 +36,51 @@ class UnitExecution:
         """What the unit's own forward would return; `rows`: [num_rows, in_width]."""
         if not self._uses_pool:
             return unit.forward(rows, *args, **kwargs)
-        pool, remote = self._pool, self.remote
-        if remote is not None and remote.is_active and not pool.holds(unit.layer):
-            result = remote.call(pool.owners[unit.layer], unit, rows)
-            if result is not None:
-                return unit.pack(result)
-        pool.enter(unit.layer)
+        if self._captured_call is not None and not self._pool.owns(unit.layer):
+            return unit.pack(self._captured_call(unit, rows))
+        result = self._called(unit, rows)
+        if result is not None:
+            return unit.pack(result)
+        self._pool.enter(unit.layer)
         result = unit.forward(rows, *args, **kwargs)
-        if unit.is_last:
-            pool.leave(unit.layer, keep=remote is not None and remote.is_active)
+        self._leave(unit)
         return result
+
+    def compute_into(self, result: torch.Tensor, unit: PooledUnit, rows: torch.Tensor) -> None:
+        """The same into `result` [num_rows, out_width], between two parts of a captured CaS step;
+        rows beyond those of the step only fill the graph's batch, and become zero."""
+        remote = self.remote
+        assert remote is not None
+        num_rows = min(remote.step_rows, len(rows))
+        if self._called(unit, rows[:num_rows], result[:num_rows]) is None:
+            self._pool.enter(unit.layer)
+            result[:num_rows].copy_(unit.compute(rows[:num_rows]))
+            self._leave(unit)
+        if num_rows < len(rows):
+            result[num_rows:].zero_()
+
+    def _called(
+        self, unit: PooledUnit, rows: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The result where the unit's owner has computed it, in `out` where given."""
+        pool, remote = self._pool, self.remote
+        if remote is None or not remote.is_active or pool.holds(unit.layer):
+            return None
+        return remote.call(pool.owners[unit.layer], unit, rows, out)
+
+    def _leave(self, unit: PooledUnit) -> None:
+        if unit.is_last:
+            keep = self.remote is not None and self.remote.is_active
+            self._pool.leave(unit.layer, keep=keep)
+
+    @contextmanager
+    def capturing_calls(self, call: Call) -> Iterator[None]:
+        """Inside, `call` stands for the units of other ranks' layers: a CaS step is captured."""
+        self._captured_call = call
+        try:
+            yield
+        finally:
+            self._captured_call = None
 
     @contextmanager
     def weights_as_they_are(self) -> Iterator[None]:

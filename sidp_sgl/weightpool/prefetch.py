@@ -35,6 +35,7 @@ class FetchCounters:
     bytes: int = 0
     stall_seconds: float = 0.0  # time that the compute waited for a fetch
     resyncs: int = 0  # layers asked for out of order, e.g. after a step that was cut short
+    replays: int = 0  # steps that were CUDA graphs
 
 
 class Prefetcher:
@@ -98,6 +99,7 @@ class Prefetcher:
         if not self._is_replayed:
             self._is_replayed = True
             self._prepare_replays()
+        self.counters.replays += 1
         if self._replayed_bytes:
             self.counters.fetches += len(self._schedule.order)
             self.counters.bytes += self._replayed_bytes

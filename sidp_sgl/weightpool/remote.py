@@ -24,6 +24,7 @@ class RemoteCounters:
     calls: int = 0
     rows_sent: int = 0
     fallbacks: int = 0  # units that were computed here after all
+    replays: int = 0  # steps whose parts between the calls were CUDA graphs
     wait_seconds: float = 0.0
 
 
@@ -38,7 +39,7 @@ class RemoteUnits:
         self._results = RowsViews(calls.results)
         self._patience = patience
         self._offsets: Mapping[int, int] | None = None  # owner → first leased row, in a CaS step
-        self._rows = 0
+        self.step_rows = 0  # of the latest CaS step
         self._unanswered: int | None = None  # owner whose answer is still to come
 
     @property
@@ -57,17 +58,19 @@ class RemoteUnits:
     def begin_step(self, offsets: Mapping[int, int], rows: int) -> None:
         """This step's calls use `rows` rows from `offsets` (owner → row) of the inboxes."""
         assert self._unanswered is None
-        self._offsets, self._rows = offsets, rows
+        self._offsets, self.step_rows = offsets, rows
 
     def end_step(self) -> None:
         self._offsets = None
 
-    def call(self, owner: int, unit: PooledUnit, rows: torch.Tensor) -> torch.Tensor | None:
-        """[num_rows, out_width] as `unit` computes them at its owner; None where the unit has to
-        be computed here, as all further ones of this step."""
+    def call(
+        self, owner: int, unit: PooledUnit, rows: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """[num_rows, out_width] as `unit` computes them at its owner, in `out` where given; None
+        where the unit has to be computed here, as all further ones of this step."""
         assert self._offsets is not None
         num_rows = rows.shape[0]
-        if num_rows > self._rows or rows.dtype != unit.dtype:
+        if num_rows > self.step_rows or rows.dtype != unit.dtype:
             self._fall_back()
             return None
         started = time.perf_counter()
@@ -87,7 +90,8 @@ class RemoteUnits:
         if outcome is not Outcome.DONE:
             self._fall_back()
             return None
-        return self._results.view(0, num_rows, unit.out_width, unit.dtype).clone()
+        result = self._results.view(0, num_rows, unit.out_width, unit.dtype)
+        return result.clone() if out is None else out.copy_(result)
 
     def _fall_back(self) -> None:
         self.counters.fallbacks += 1

@@ -38,6 +38,7 @@ class FakeCuda(FakeMemory):
         self._kinds, self._islands, self._atomics = kinds, islands, atomics
         self._dice = random.Random(seed) if seed is not None else None
         self._local = threading.local()
+        self.graphs = self.graph_launches = 0  # of PyTorch's work alone
 
     # What tests ask for.
 
@@ -137,6 +138,16 @@ class FakeCuda(FakeMemory):
             yield
         finally:
             self._local.stream = before
+
+    def graph(self, work: Work) -> Work:
+        work()
+        self.graphs += 1
+
+        def launch() -> None:
+            self.graph_launches += 1
+            work()
+
+        return launch
 
     def run(self, stream: int, work: Work) -> None:
         self.enqueue(stream, work)

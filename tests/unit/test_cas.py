@@ -140,15 +140,41 @@ def test_a_silent_owner_ends_the_steps_calls_and_is_left_alone_until_it_has_answ
 
 
 def test_a_unit_that_fails_at_its_owner_falls_back() -> None:
-    def broken() -> torch.Tensor:
-        raise RuntimeError("no such weights")
+    is_broken = threading.Event()
 
-    units = [UNITS[0], matmul_unit(1, broken)]
+    def get_weight() -> torch.Tensor:
+        if is_broken.is_set():
+            raise RuntimeError("no such weights")
+        return weight(1)
+
+    units = [UNITS[0], matmul_unit(1, get_weight)]
     with compute_groups(2, units, [0, 1]) as groups:
+        is_broken.set()
         groups[0].remote.begin_step({1: 0}, 2)
         assert groups[0].remote.call(1, units[1], make_rows(2)) is None
         assert groups[0].remote.is_available() and not groups[0].remote.is_active
         assert groups[1].counters()["failed"] == 1
+
+
+def test_on_a_gpu_a_call_launches_a_graph_and_more_rows_than_fit_are_computed_without(
+    kind: str,
+) -> None:
+    with compute_groups(3, UNITS, OWNERS) as groups:
+        sizes = (1, 2, 3, 33, 64)
+        for num_rows in sizes:
+            groups[1].remote.begin_step(leases(1), num_rows)
+            rows = make_rows(num_rows, seed=num_rows)
+            result = call(groups[1], UNITS[3], rows)
+            assert result is not None
+            assert torch.equal(result, rows @ weight(3))
+        if kind == "cuda":
+            driver = groups[0].calls._driver
+            assert driver.graphs == 2 * 7, "two units, 1 to 64 rows"
+            assert driver.graph_launches == len(sizes)
+            many = make_rows(100)  # of two requesters together
+            unit = groups[0].service._units[3]
+            assert torch.equal(unit.compute(many), many @ weight(3))
+            assert driver.graph_launches == len(sizes)
 
 
 @pytest.mark.parametrize(

@@ -73,19 +73,13 @@ def test_warm_ups_and_capture_are_steps_and_a_replay_is_announced() -> None:
         pool.seen.append("forward")
         return "logits"
 
-    hooks._capture_one(capture_one, None, "bs=4", forward, inputs=1)
+    backend = SimpleNamespace(_cuda_graph_runner=SimpleNamespace(capture_bs=[2, 4]))
+    key = SimpleNamespace(size=4)
+    hooks._capture_one(capture_one, backend, key, forward, inputs=1)
     assert pool.seen == ["begin", "forward", "end"] * 3
     pool.seen.clear()
-    assert hooks._replay(lambda backend, key: pool.seen.append(key), None, "bs=4") is None
+    assert hooks._replay(lambda _, key: pool.seen.append(f"bs={key.size}"), backend, key) is None
     assert pool.seen == ["replay", "bs=4"]
-
-
-def test_a_cas_step_takes_no_graph() -> None:
-    execution = UnitExecution(Pool())  # type: ignore[arg-type]
-    hooks = GraphHooks(execution._pool, execution)
-    assert hooks._can_run_graph(lambda runner, batch: "asked", None, "batch") == "asked"
-    execution.remote = SimpleNamespace(is_active=True)  # type: ignore[assignment]
-    assert hooks._can_run_graph(lambda runner, batch: "asked", None, "batch") is False
 
 
 def test_every_hook_has_its_place_in_sglang() -> None:
