@@ -12,7 +12,7 @@ from typing import Any
 from sglang.srt.arg_groups.overrides import model_config_of
 from sglang.srt.platforms import current_platform
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_device, get_exec, get_parallel
 
 from sidp_sgl import __version__
 from sidp_sgl.config import SidpConfig
@@ -23,6 +23,7 @@ from sidp_sgl.sglang_hooks import (
     arguments,
     colocation,
     cpu_memory,
+    cuda_defaults,
     failures,
     refusals,
     reports,
@@ -55,6 +56,7 @@ def register() -> None:
     """Every process, before argument parsing."""
     required.apply(arguments.HOOKS)
     arguments.install_keywords()
+    cuda_defaults.install()
     refusals.install()
     failures.install()
     required.apply([Hook("sglang.srt.runtime_context.publish", _on_publish, HookType.AFTER)])
@@ -78,6 +80,8 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     if role == "detokenizer":
         reports.join(config.group)
     if role == "dp_controller":
+        if config.sidp_colocate:
+            required.apply(colocation.CONTROLLER_HOOKS)
         controller = reports.ControllerReports(config.group, keeps_states=not config.own_dispatch)
         required.apply(controller.hooks())
         if config.own_dispatch:
@@ -96,12 +100,12 @@ class Rank:
 
     def __init__(self, server_args: Any, config: SidpConfig) -> None:
         parallel = get_parallel()
-        self.config = config
+        self.config, directory = config, Path(os.environ[DIRECTORY])
         self.dp_rank = parallel.dp_rank
         self.dp_size = parallel.dp_size
-        self.is_cuda = server_args.device == "cuda"
-        graphs = server_args.cuda_graph_config  # None on CPUs
-        self.graphs = self.is_cuda and graphs.decode.backend != "disabled"
+        # As resolved: the arguments themselves stay as the user gave them.
+        self.device = get_device().device
+        self.graphs = get_exec().graph.cuda_graph_config.decode.backend != "disabled"
         self.model_config = model_config_of(server_args)
         layer_owners = owners(
             self.model_config.num_hidden_layers, self.dp_size, config.sidp_placement
@@ -109,7 +113,7 @@ class Rank:
         order = config.sidp_prefetch_order
         rate = None if config.sidp_link_gbps is None else config.sidp_link_gbps * 1e9
         self.pool = WeightPool(
-            transport=make_transport(server_args.device, rate),
+            transport=make_transport(self.device, rate),
             rank=self.dp_rank,
             num_ranks=self.dp_size,
             owners=layer_owners,
@@ -121,7 +125,7 @@ class Rank:
             self.dp_rank,
             self.dp_size,
             layer_owners,
-            Path(os.environ[DIRECTORY]),
+            directory,
             capacity_rows(self.dp_size),
             ROWS_PER_RANK,
         )
@@ -130,9 +134,7 @@ class Rank:
         self.offloader = PoolOffloader(self.pool, config.sidp_pool, self._meet_peers)
         self.reader = CheckpointReader(self.offloader.is_placeholder)
         planned = planned_times(config, self.model_config.hf_config, self.dp_size)
-        self.waiting = WaitingRequests(
-            self.dp_rank, self.control.thread, Path(os.environ[DIRECTORY])
-        )
+        self.waiting = WaitingRequests(self.dp_rank, self.control.thread, directory)
         self.modes = ModeHooks(
             self.control, self.pool, self.execution, lambda: self.waiting.received, planned
         )
@@ -153,7 +155,7 @@ class Rank:
         )
         if self.config.sidp_colocate:
             colocation.divide_memory(self.dp_size, lambda: self.pool.transport.shared_bytes)
-        if self.is_cuda:
+        if self.device == "cuda":
             required.apply(GraphHooks(self.pool, self.execution).hooks())
 
     def _meet_peers(self, units: list[PooledUnit]) -> UnitExecution:

@@ -41,7 +41,7 @@ CHECKS = [
     Check("cas", "check_cas.correct", 60, "rows to owners and back; three processes"),
     Check("round_trip", "check_cas.round_trip", 60, "CaS at most 20 us beyond the GEMM"),
     Check("overlap", "check_overlap.overlap", 120, "stall share over the batch at 400 GB/s"),
-    Check("engine", "check_engine.engine", 230, "SGLang with colocated ranks; equal tokens"),
+    Check("engine", "check_engine.engine", 225, "SGLang with colocated ranks; equal tokens"),
 ]
 
 

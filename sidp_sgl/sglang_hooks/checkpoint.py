@@ -14,6 +14,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from torch import nn
 
 from sidp_sgl.config import SidpError
+from sidp_sgl.sglang_hooks import cpu_memory
 from sidp_sgl.sglang_hooks.required import Hook
 
 # Checkpoints store what SGLang stacks into one projection as separate tensors.
@@ -46,7 +47,9 @@ class CheckpointReader:
     def _load_weights_only(self, original: Any, model: nn.Module, *rest: Any) -> Any:
         names = [name for name, module in model.named_modules() if self._is_placeholder(module)]
         self._skipped = re.compile("|".join(map(_checkpoint_pattern, names)) or "(?!)")
-        return original(model, *rest)
+        result = original(model, *rest)
+        cpu_memory.charge_model(model)
+        return result
 
     def _read(self, files: list[str], *_: Any, **__: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if self._skipped is None:

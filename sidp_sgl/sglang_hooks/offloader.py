@@ -1,7 +1,8 @@
 """SGLang's offloader interface as the way into the model: sees every layer, runs after loading.
 
-Room: sglang_hooks. While layers are built, those of other ranks become placeholders; after
-loading, the rank's own tensors move into its blocks, the ranks meet, and the slots take over.
+Room: sglang_hooks. While layers are built, those of other ranks become placeholders, and the rank's
+own tensors views of its blocks, into which they are loaded; then the ranks meet, and the slots take
+over.
 """
 
 import itertools
@@ -36,6 +37,7 @@ class PoolOffloader(BaseOffloader):
         self._meet_peers = meet_peers
         self._layers: list[tuple[nn.Module, list[Unit]]] = []
         self._placeholder_units: set[int] = set()
+        self._blocks: dict[int, dict[str, torch.Tensor]] = {}  # of own layers
         self.unmaterialised = 0  # placeholder tensors that held no memory when loading had ended
 
     def hook(self) -> Hook:
@@ -49,23 +51,35 @@ class PoolOffloader(BaseOffloader):
     ) -> list[nn.Module]:
         if self._layers:
             raise SidpError("--sidp: the model has a second stack of layers, which can't be pooled")
+        layouts = {}
         for index, layer in enumerate(all_modules_generator):
             units = find_units(layer, index, self._pooled_units)
             self._layers.append((layer, units))
-            if index < len(self._pool.owners) and not self._pool.owns(index):
-                for unit in units:
-                    self._placeholder_units.add(id(unit.module))
-                for name, _ in list(placeholders.named_tensors(_pairs(units))):
-                    placeholders.make_placeholder(layer, name)
+            if index >= len(self._pool.owners):
+                continue
+            tensors = list(placeholders.named_tensors(_pairs(units)))
+            if self._pool.owns(index):
+                layouts[index] = make_layout(tensors)
+                for parameter in dict(tensors).values():
+                    placeholders.give_memory_back(parameter)
+            else:
+                self._placeholder_units.update(id(unit.module) for unit in units)
+                for tensor_name, _ in tensors:
+                    placeholders.make_placeholder(layer, tensor_name)
         if len(self._layers) != len(self._pool.owners):
             raise SidpError(
                 f"--sidp: the model has {len(self._layers)} layers where its config says "
                 f"{len(self._pool.owners)}"
             )
+        self._blocks = self._pool.own(layouts)
+        for index, block in self._blocks.items():
+            _, units = self._layers[index]
+            for name, parameter in placeholders.named_tensors(_pairs(units)):
+                parameter.data = block[name]
         return [layer for layer, _ in self._layers]
 
     def post_init(self) -> None:
-        self._move_into_blocks()
+        self._view_blocks()
         modules = [unit.module for _, units in self._layers for unit in units]
         pooled_units = self._pooled_unit_list()
         execution = self._meet_peers(pooled_units)
@@ -82,17 +96,17 @@ class PoolOffloader(BaseOffloader):
             "weights can't be updated at run time with --sidp: restart the engine"
         )
 
-    def _move_into_blocks(self) -> None:
-        own = [index for index in range(len(self._layers)) if self._pool.owns(index)]
-        tensors = {
-            index: list(placeholders.named_tensors(_pairs(self._layers[index][1]))) for index in own
-        }
-        blocks = self._pool.own({index: make_layout(tensors[index]) for index in own})
-        for index in own:
-            for name, parameter in tensors[index]:
-                blocks[index][name].copy_(parameter)
-                placeholders.view_pool(self._layers[index][0], name, blocks[index][name])
-            tensors[index].clear()  # frees the originals layer by layer
+    def _view_blocks(self) -> None:
+        """What loading has put elsewhere, in the same form, moves into its block."""
+        for index, block in self._blocks.items():
+            layer, units = self._layers[index]
+            for name, parameter in list(placeholders.named_tensors(_pairs(units))):
+                view = block[name]
+                if _form(parameter) != _form(view):
+                    raise SidpError(f"--sidp: {name} has changed its form while it was loaded")
+                if parameter.data_ptr() != view.data_ptr():
+                    view.copy_(parameter)
+                placeholders.view_pool(layer, name, view)
 
     def _view_slots(
         self, layer: nn.Module, units: list[Unit], views: dict[str, torch.Tensor]
@@ -114,6 +128,10 @@ class PoolOffloader(BaseOffloader):
             for index, (_, units) in enumerate(self._layers)
             for unit in units
         ]
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _pairs(units: list[Unit]) -> list[tuple[str, nn.Module]]:

@@ -40,6 +40,12 @@ def make_placeholder(layer: nn.Module, name: str) -> None:
     replace(layer, name, torch.empty_like(parameter, device="meta"), weight_loader=refuse)
 
 
+def give_memory_back(parameter: nn.Parameter) -> None:
+    """Let a parameter be empty until its data is a view of pool memory. The object, and with it
+    what knows how to load it, stays."""
+    parameter.data = parameter.data.new_empty(0)
+
+
 def view_pool(layer: nn.Module, name: str, view: torch.Tensor) -> None:
     """Let a parameter view pool memory, which is not the model's own."""
     replace(layer, name, view, sidp_pooled=True)

@@ -59,6 +59,8 @@ RULES = [
     Rule("enable_torch_compile", bool, "--enable-torch-compile", "it would trace fixed weights"),
     Rule("enable_two_batch_overlap", bool, "--enable-two-batch-overlap",
          "two batches would share one slot"),
+    Rule("enable_pdmux", bool, "--enable-pdmux", "two streams would share one slot"),
+    Rule("enable_nvidia_megakernel", bool, "--enable-nvidia-megakernel", "it skips the units"),
     Rule("dwdp_size", _more_than_one, "--dwdp-size", "both distribute weights"),
     Rule("elastic_ep_backend", bool, "--elastic-ep-backend", "the group has a fixed size"),
     Rule("disaggregation_mode", lambda v: v not in (None, "null"), "--disaggregation-mode",

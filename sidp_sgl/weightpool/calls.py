@@ -59,7 +59,8 @@ class Calls(ABC):
 
     @abstractmethod
     def wait(self, owner: int, seconds: float) -> Outcome:
-        """Outcome of the latest call to `owner`; after SILENT it may be asked again."""
+        """Outcome of the latest call to `owner`, within so many seconds of its rows' arrival there;
+        after SILENT it may be asked again."""
 
     def prepare(self, units: Sequence[PooledUnit]) -> Sequence[PooledUnit]:
         """`units` as this rank's service computes them."""

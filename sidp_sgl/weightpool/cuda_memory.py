@@ -38,6 +38,7 @@ class SharedMemory:
                     refused.append(f"{kind.value}: {error}")
                     continue
                 self.data.zero_()
+                self.driver.synchronize()  # it may be unmapped at once
                 return
         raise TransportError(
             f"GPU {self.driver.device} can't share {self.num_bytes} bytes with other processes: "

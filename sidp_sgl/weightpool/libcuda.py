@@ -18,11 +18,11 @@ class LibCuda(CudaDriver):
     def __init__(self) -> None:
         torch.cuda.init()
         self.device = torch.cuda.current_device()
-        torch.empty(1, device=f"cuda:{self.device}")  # makes the primary context current here
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._cuda.cuGetErrorName.restype = c_int
         self._context = c_void_p()
         self._call("cuDevicePrimaryCtxRetain", byref(self._context), c_int(self.device))
+        self._call("cuCtxSetCurrent", self._context)
         if not self._attribute(abi.MEM_OPS_64_BIT_ATTRIBUTE):
             raise CudaError(
                 f"GPU {self.device} or its driver has no 64-bit stream memory operations, which "
@@ -68,9 +68,12 @@ class LibCuda(CudaDriver):
     def supports(self, kind: HandleKind) -> bool:
         if kind is HandleKind.IPC:
             return True
-        return bool(
-            self._attribute(abi.VMM_ATTRIBUTE) and self._attribute(abi.HANDLE_ATTRIBUTES[kind])
-        )
+        try:
+            return bool(
+                self._attribute(abi.VMM_ATTRIBUTE) and self._attribute(abi.HANDLE_ATTRIBUTES[kind])
+            )
+        except CudaError:  # a driver that is older than the kind
+            return False
 
     def granularity(self, kind: HandleKind) -> int:
         value, prop = c_size_t(), abi.allocation_prop(self.device, kind)

@@ -17,6 +17,7 @@ import torch
 
 from sidp_sgl.weightpool import shm_memory
 from sidp_sgl.weightpool.calls import Call, Calls, Outcome
+from sidp_sgl.weightpool.transport import WAIT_SECONDS
 
 NUMBER, UNIT, OFFSET, ROWS, ANNOUNCED, ANSWERED, OUTCOME, ANSWERING = range(8)
 _SPIN_SECONDS, _LOOK_SECONDS = 1e-3, 50e-6  # then a core is left to others between two looks
@@ -90,6 +91,8 @@ class WordCalls(Calls):
 
     def wait(self, owner: int, seconds: float) -> Outcome:
         words, first, number = self._own.words, WORDS * owner, self._sent[owner]
+        if seconds > 0:
+            self._wait_for_rows(owner, number)
         deadline = None
         while words[first + ANSWERED] != number:
             if deadline is None:
@@ -102,6 +105,14 @@ class WordCalls(Calls):
             elif self._answer_poll.poll(left * 1e3):
                 os.eventfd_read(self._own.answer_bell)
         return Outcome(words[first + OUTCOME])
+
+    def _wait_for_rows(self, owner: int, number: int) -> None:
+        """Until the call's rows lie in the owner's inbox. What this rank's own GPU had to do before
+        is not the owner's silence, and after a silence no rows may arrive in a lease given back."""
+        words, index = self._bells[owner].words, WORDS * self._rank + NUMBER
+        begun = time.monotonic()
+        while words[index] != number and time.monotonic() < begun + WAIT_SECONDS:
+            _pause(time.monotonic() - begun)
 
     def receive(self, seconds: float) -> list[Call]:
         deadline, is_rung = time.monotonic() + seconds, False

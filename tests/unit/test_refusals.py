@@ -32,6 +32,8 @@ BAD_SETTINGS = [
     ({"offload_group_size": 2}, "--offload-group-size"),
     ({"enable_torch_compile": True}, "--enable-torch-compile"),
     ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
+    ({"enable_pdmux": True}, "--enable-pdmux"),
+    ({"enable_nvidia_megakernel": True}, "--enable-nvidia-megakernel"),
     ({"dwdp_size": 2}, "--dwdp-size"),
     ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
     ({"disaggregation_mode": "prefill"}, "--disaggregation-mode"),
