@@ -19,6 +19,7 @@ from sidp_sgl.weightpool.staging import make_staging
 
 ROUND_TRIP_TARGET = 20e-6  # seconds beyond the GEMM
 _STEPS, _WIDTH = 100, 256
+_CALLS = 20  # of a graph
 
 
 def _unit(number: int, width: int, dtype: torch.dtype, compute: Any) -> PooledUnit:
@@ -53,16 +54,19 @@ def _correct(rank: Rank, gpu: Gpu) -> dict[str, Any]:
         for owner in range(rank.num_ranks)
         if owner != rank.number
     }
-    wrong, started = 0, time.perf_counter()
+    wrong, seconds = 0, 0.0
     for step in range(_STEPS):
         num_rows = 1 + step % 9
         group.remote.begin_step(places, num_rows)
         for owner in places:
             rows = _whole_numbers(gpu, 10 * step + rank.number, num_rows)
+            gpu.synchronize()
+            started = time.perf_counter()
             result = group.remote.call(owner, units[owner], rows)
+            seconds += time.perf_counter() - started
             wrong += result is None or not torch.equal(result, rows @ weights[owner])
         group.remote.end_step()
-    seconds = (time.perf_counter() - started) / _STEPS / len(places)
+    seconds /= _STEPS * len(places)
     rank.barrier()
     counters = group.counters()
     group.service.close()
@@ -127,21 +131,31 @@ def _by_host(gpu: Gpu, width: int, compute: Any, rows: torch.Tensor) -> tuple[fl
     return sorted(times)[len(times) // 2], is_right
 
 
+def _here(gpu: Gpu, compute: Any, rows: torch.Tensor) -> float:
+    """Seconds of the same computed here; as many in a graph as calls by flags."""
+
+    def several() -> None:
+        for _ in range(_CALLS):
+            compute(rows)
+
+    return gpu.seconds(gpu.capture(several)) / _CALLS
+
+
 def _by_flags(gpu: Gpu, compute: Any, rows: torch.Tensor) -> tuple[float, int]:
     """Seconds of a call whose doorbells are flag kernels, both sides in graphs on two streams: what
     captured service graphs could reach. Returns the error word as well."""
     words = torch.zeros(5, 32, dtype=torch.int64, device=gpu.device)
     asked, asked_seen, done, done_seen, error = (words[number, :1] for number in range(5))
-    inbox, result, calls = torch.empty_like(rows), torch.empty_like(rows), 20
+    inbox, result = torch.empty_like(rows), torch.empty_like(rows)
 
     def request() -> None:
-        for _ in range(calls):
+        for _ in range(_CALLS):
             inbox.copy_(rows)
             flags.signal(asked)
             flags.wait(done, done_seen, error, 1, 1.0)
 
     def serve() -> None:
-        for _ in range(calls):
+        for _ in range(_CALLS):
             flags.wait(asked, asked_seen, error, 2, 1.0)
             result.copy_(compute(inbox))
             flags.signal(done)
@@ -170,7 +184,7 @@ def _by_flags(gpu: Gpu, compute: Any, rows: torch.Tensor) -> tuple[float, int]:
         requester.replay()
         torch.cuda.current_stream().wait_stream(side)
 
-    seconds = gpu.seconds(run) / calls
+    seconds = gpu.seconds(run) / _CALLS
     gpu.synchronize()
     return seconds, int(error)
 
@@ -183,7 +197,7 @@ def round_trip(gpu: Gpu) -> dict[str, Any]:
         is_right, errors, beyond = True, 0, []
         for num_rows in (1, 16, 64):
             rows = torch.randn(num_rows, width, dtype=torch.bfloat16, device=gpu.device)
-            here = gpu.seconds(gpu.capture(lambda rows=rows: compute(rows)))
+            here = _here(gpu, compute, rows)
             by_host, right = _by_host(gpu, width, compute, rows)
             by_flags, error = _by_flags(gpu, compute, rows)
             is_right, errors = is_right and right, errors + error

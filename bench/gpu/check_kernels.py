@@ -1,5 +1,6 @@
 """The kernels on the GPU: their tests, and what one of them costs inside a graph."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -17,6 +18,9 @@ _REPEATS = 200  # of a kernel within one graph
 
 def tests(gpu: Gpu) -> dict[str, Any]:
     """tests/kernels, against the PyTorch references."""
+    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"ok": None, "skipped": f"not installed: {', '.join(missing)}"}
     command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     summary = re.findall(r"\d+ (?:passed|failed|skipped|error)", done.stdout)

@@ -7,6 +7,7 @@ import queue
 import socket
 import struct
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,10 +81,13 @@ def run_ranks(
         else:
             workers.append(threading.Thread(target=_run, args=arguments, daemon=True))
         workers[-1].start()
+    if gpu.in_processes:  # so that a rank hears of another's end
+        _close(ends)
     by_rank: dict[int, Any] = {}
     try:
-        for _ in range(num_ranks):
-            number, is_result, value = results.get(timeout=seconds)
+        deadline = time.monotonic() + seconds
+        while len(by_rank) < num_ranks:
+            number, is_result, value = _result(results, workers, deadline)
             if not is_result:
                 raise RuntimeError(f"rank {number} failed:\n{value}")
             by_rank[number] = value
@@ -96,7 +100,25 @@ def run_ranks(
         for worker in workers:
             if gpu.in_processes and worker.is_alive():
                 worker.kill()
-        for sockets in ends:
-            for end in sockets.values():
-                end.close()
+        _close(ends)
     return [by_rank[number] for number in range(num_ranks)]
+
+
+def _result(results: Any, workers: list[Any], deadline: float) -> tuple[int, bool, Any]:
+    """The next rank's; queue.Empty at the deadline, RuntimeError where a rank crashed."""
+    while True:
+        try:
+            return results.get(timeout=min(1.0, max(0.01, deadline - time.monotonic())))
+        except queue.Empty:
+            codes = {n: getattr(worker, "exitcode", None) for n, worker in enumerate(workers)}
+            crashed = {number: code for number, code in codes.items() if code}
+            if crashed:
+                raise RuntimeError(f"ranks have crashed (rank: exit code): {crashed}") from None
+            if time.monotonic() > deadline:
+                raise
+
+
+def _close(ends: list[dict[int, socket.socket]]) -> None:
+    for sockets in ends:
+        for end in sockets.values():
+            end.close()

@@ -15,9 +15,13 @@ import torch
 from sidp_sgl.calibration.decoder import Decoder
 from sidp_sgl.calibration.link import Fetches, SentRows
 
+_HEAD_START_CYCLES = 200_000  # 0.1 ms
+
 
 class CpuDevice:
     """A rank on its `cores`, as an engine's ranks have them."""
+
+    cache_bytes = 0  # its caches are small
 
     def __init__(self, cores: Sequence[int]) -> None:
         self.device = torch.device("cpu")
@@ -54,9 +58,11 @@ class CudaDevice:
     def __init__(self, rank: int) -> None:
         self.device = torch.device("cuda", rank)
         torch.cuda.set_device(self.device)
+        self.cache_bytes = int(torch.cuda.get_device_properties(self.device).L2_cache_size)
 
     def seconds(self, run: Callable[[], Any]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_HEAD_START_CYCLES)  # the launch itself is not timed
         begin.record()
         run()
         end.record()

@@ -23,7 +23,7 @@ from sidp_sgl.planner.weights import Split, block_bytes, layer_weights, padded_v
 
 BARRIER_SECONDS = 120.0
 _REPEATS = 4
-_GEMM_BYTES = 1 << 26  # of the copies of one weight: more than caches hold, where layers do too
+_GEMM_BYTES = 1 << 26  # of the copies of one weight, at least: more than caches hold
 _OVERLAP_BATCHES = (4, 16)
 _CALL_ROWS = (1, 4, 16)
 _COVER = 1.5  # times its fetches, that a pass computes: they are hidden then
@@ -112,7 +112,8 @@ class RankMeasuring:
                  (weights.qkv, weights.o, weights.gate_up, weights.down)}  # fmt: skip
         for in_width, out_width in sorted({*gemms, (shape.hidden_size, vocab)}):
             num_bytes = 2 * in_width * out_width
-            copies = max(1, min(shape.num_layers, _GEMM_BYTES // num_bytes))
+            distinct = max(_GEMM_BYTES, 4 * self._device.cache_bytes)
+            copies = max(1, min(shape.num_layers, -(-distinct // num_bytes)))
             weight = self._random(copies, out_width, in_width)
             for rows in (1, 2, 4, 8, 16, 32, 64, 64 * self.task.num_ranks):
                 activations = self._random(rows, in_width)

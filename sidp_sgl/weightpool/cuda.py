@@ -76,6 +76,8 @@ class CudaTransport(Transport):
         peer = PeerMemory(self.driver, owner, list(file_descriptors))
         self._peers.append(peer)
         if peer.has_atomics:
+            if not self._ports:
+                self._load_turn_kernels()
             # 256 bytes each, so that kernels compiled for one owner's words take every owner's.
             reader_words = self.empty(ALIGNMENT).zero_().view(torch.int64)
             self.driver.synchronize()  # the copy stream reads them, PyTorch's has zeroed them
@@ -88,6 +90,15 @@ class CudaTransport(Transport):
                 owner,
             )
         return peer.data[_PORT_BYTES:]
+
+    def _load_turn_kernels(self) -> None:
+        """Compile and load them now, at an owner of their own: while a turn is held others wait."""
+        owner = self.empty(_PORT_BYTES).view(torch.int64)
+        tickets.reset(owner)
+        port = Port(owner, self.empty(ALIGNMENT).zero_().view(torch.int64))
+        port.take_turn()
+        port.end_turn()
+        self.driver.synchronize()
 
     def event(self) -> CudaEvent:
         return CudaEvent(self.driver)

@@ -18,6 +18,7 @@ class LibCuda(CudaDriver):
     def __init__(self) -> None:
         torch.cuda.init()
         self.device = torch.cuda.current_device()
+        self._external: dict[int, torch.cuda.ExternalStream] = {}  # by handle
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._cuda.cuGetErrorName.restype = c_int
         self._context = c_void_p()
@@ -180,13 +181,16 @@ class LibCuda(CudaDriver):
         return stream.value or 0
 
     def destroy_stream(self, stream: int) -> None:
+        self._external.pop(stream, None)
         self._call("cuStreamDestroy_v2", c_void_p(stream))
 
     def current_stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.device)
 
     def on_stream(self, stream: int) -> AbstractContextManager[object]:
-        return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self.device))
+        if stream not in self._external:  # making one takes longer than a kernel's launch
+            self._external[stream] = torch.cuda.ExternalStream(stream, device=self.device)
+        return torch.cuda.stream(self._external[stream])
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -139,6 +139,21 @@ def test_a_silent_owner_ends_the_steps_calls_and_is_left_alone_until_it_has_answ
         assert groups[1].counters()["rows_served"] == groups[0].counters()["rows_sent"] == 5
 
 
+def test_what_the_requesters_gpu_had_to_do_before_is_not_the_owners_silence(kind: str) -> None:
+    if kind != "cuda":
+        pytest.skip("on CPUs rows are there when the call returns")
+    with compute_groups(2, UNITS[:2], [0, 1]) as groups:
+        remote, driver = groups[0].remote, groups[0].calls._driver
+        remote._patience = 0.1
+        remote.begin_step({1: 0}, 2)
+        driver.enqueue(driver.current_stream(), lambda: time.sleep(0.5))  # a long prefill
+        rows = make_rows(2)
+        result = remote.call(1, UNITS[1], rows)
+        assert result is not None
+        assert torch.equal(result, rows @ weight(1))
+        assert remote.counters.wait_seconds > 0.4
+
+
 def test_a_unit_that_fails_at_its_owner_falls_back() -> None:
     is_broken = threading.Event()
 
