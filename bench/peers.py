@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.gpu.random_checkpoint import write_checkpoint
+from bench.gpu.random_checkpoint import write_in_child
 from bench.record import record, spread
 from bench.side import Side
 from bench.tables import plain
@@ -112,7 +112,7 @@ def cells(name: str, found: dict[str, Any], num_ranks: int) -> list[str]:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config, model = read_config(args.model)
     print(f"writing a checkpoint of {model}'s sizes", file=sys.stderr)
-    weight_bytes = write_checkpoint(folder, config, args.seed, args.device)
+    weight_bytes = write_in_child(folder, config, args.seed, args.device)
     device_bytes = args.device_bytes or torch.cuda.get_device_properties(0).total_memory
     common = {
         "model_path": str(folder),

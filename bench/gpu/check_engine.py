@@ -7,18 +7,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from bench.gpu.device import Gpu
 
-FLAGS = {
-    "device": "cuda",
-    "mem_fraction_static": 0.5,
-    "cuda_graph_backend_prefill": "disabled",
-    "cuda_graph_max_bs_decode": 8,
-}
+FLAGS = {"mem_fraction_static": 0.5, "max_total_tokens": 1 << 16, "cuda_graph_max_bs_decode": 8}
+PLAIN_FLAGS = {"dp_size": 1, "cuda_graph_backend_prefill": "disabled"}  # as --sidp has it
 SIDP_FLAGS = {"sidp": True, "sidp_colocate": True, "dp_size": 2}
+MODEL, SMALLER = "Qwen3-8B", {"num_hidden_layers": 8, "vocab_size": 32768}  # 3.6 GB
 MODES = {"was": "fetches", "cas": "calls"}  # what shows that a mode ran
 _SCRIPT = """
 import json, sys
@@ -54,17 +52,21 @@ def engine(gpu: Gpu) -> dict[str, Any]:
     for package in ("sglang", "sgl_kernel"):
         if importlib.util.find_spec(package) is None:
             return {"ok": None, "skipped": f"{package} is not installed"}
+    if "sidp" not in entry_points(group="sglang.srt.plugins").names:
+        return {"ok": None, "skipped": "sidp_sgl is not installed (pip install .)"}
     try:
         import sgl_kernel  # noqa: F401 (whether it loads with this PyTorch)
     except Exception as error:
         return {"ok": None, "skipped": f"sgl_kernel does not load: {str(error)[:300]}"}
-    from tests.support.checkpoints import write_checkpoint
+    from bench.gpu.random_checkpoint import write_in_child
+    from sidp_sgl.planner.models import read_config
 
-    with tempfile.TemporaryDirectory() as directory:
-        model = str(write_checkpoint(Path(directory), "qwen3", num_layers=8))
-        plain, _ = _run(model, {**FLAGS, "dp_size": 1})
+    config, _ = read_config(MODEL)
+    with tempfile.TemporaryDirectory() as model:
+        size = write_in_child(Path(model), {**config, **SMALLER}, 0, "cuda")
+        plain, _ = _run(model, {**FLAGS, **PLAIN_FLAGS})
         modes = {mode: _in_mode(mode, model, plain) for mode in MODES}
-    return {**modes, "ok": all(mode["ok"] for mode in modes.values())}
+    return {"weight_bytes": size, **modes, "ok": all(mode["ok"] for mode in modes.values())}
 
 
 def _in_mode(mode: str, model: str, plain: Any) -> dict[str, Any]:

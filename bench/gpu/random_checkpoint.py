@@ -1,6 +1,7 @@
 """A checkpoint of a real model's sizes with seeded random weights, for machines without a hub."""
 
 import json
+import multiprocessing
 import re
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,18 @@ def write_checkpoint(folder: Path, config: dict[str, Any], seed: int, device: st
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     return total
+
+
+def write_in_child(folder: Path, config: dict[str, Any], seed: int, device: str) -> int:
+    """The same in a process of its own, whose memory on `device` goes with it."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=write_checkpoint, args=(folder, config, seed, device))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the checkpoint was not written: exit code {process.exitcode}")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return index["metadata"]["total_size"]
 
 
 def _draw(name: str, shape: torch.Size, seed: int, device: str) -> torch.Tensor:

@@ -24,7 +24,8 @@ _CLOSE_SECONDS = 5.0
 class Copier:
     """How blocks are copied: by the copy engine, or by a kernel with `programs` multiprocessors;
     in slices of `slice_bytes` unless 0; no faster than `bytes_per_second` unless 0: a slice starts
-    when a link of that rate would be through with those before it."""
+    when a link of that rate would be through with those before it, and a kernel without slices
+    keeps to that timetable by itself."""
 
     programs: int = 0
     bytes_per_second: float = 0.0
@@ -95,6 +96,9 @@ class CudaCopyStream(CopyStream):
     def copy(self, target: torch.Tensor, source: PeerBlock) -> None:
         assert target.numel() == source.data.numel(), "a block fits its slot"
         rate, size = self._copier.bytes_per_second, self._copier.slice_bytes or target.numel()
+        if self._copier.programs and not self._copier.slice_bytes:
+            self._copy(target, source.data, rate)
+            return
         if rate:
             self._driver.run(self.handle, lambda: copies.mark(self._clock))
         for start in range(0, target.numel(), size):
@@ -102,10 +106,10 @@ class CudaCopyStream(CopyStream):
             if rate:
                 self._pace(min(start + size, target.numel()) / rate)
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, rate: float = 0.0) -> None:
         programs = self._copier.programs
         if programs:
-            self._driver.run(self.handle, lambda: copies.copy(target, source, 0.0, programs))
+            self._driver.run(self.handle, lambda: copies.copy(target, source, rate, programs))
         else:
             addresses = target.data_ptr(), source.data_ptr()
             self._driver.copy(*addresses, target.numel(), self.handle)

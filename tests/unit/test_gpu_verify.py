@@ -140,9 +140,10 @@ def test_a_round_trip_by_hosts_over_the_fake_driver() -> None:
     assert is_right and seconds > 0
 
 
-def test_overlap_over_the_fake_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("copier", check_overlap.COPIERS)
+def test_overlap_over_the_fake_driver(monkeypatch: pytest.MonkeyPatch, copier: str) -> None:
     monkeypatch.setattr(check_overlap, "BATCHES", (1, 4))
-    result = check_overlap.measure(FakeGpu(), DECODERS[0])
+    result = check_overlap.measure(FakeGpu(), DECODERS[0], check_overlap.COPIERS[copier])
     json.dumps(result)
     assert [point["batch"] for point in result["points"]] == [1, 4]
 
