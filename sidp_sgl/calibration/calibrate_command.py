@@ -131,8 +131,6 @@ def _check(args: argparse.Namespace, device: str) -> None:
         return
     from sidp_sgl.calibration.device import num_gpus
 
-    if args.link_gbps is not None:
-        raise SidpUsageError("--link-gbps paces CPU ranks only: leave it out, or use --device cpu")
     if num_gpus() < args.num_ranks:
         raise SidpUsageError(
             f"--num-ranks {args.num_ranks} is more than the {num_gpus()} GPUs of this machine: "
@@ -185,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-ranks", type=int, default=2, metavar="N",
         help="ranks that measure at the same time, as --dp-size (default 2)")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    add("--link-gbps", type=float, metavar="X", help="as the engine's --sidp-link-gbps (CPU only)")
+    add("--link-gbps", type=float, metavar="X", help="as the engine's --sidp-link-gbps")
     add("--model", metavar="MODEL", help="whose layers are measured, in two depths: config.json, "
         f"its folder, or one of {', '.join(built_in_names())} (default: a small one on CPUs, "
         f"{DEFAULT_MODELS['cuda']} on GPUs)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The device of one rank: its clock, its memory, its cores, its link to the others.
+"""The device of one rank: its clock, its caches, its cores.
 
 Room: calibration. The one place that tells CPU ranks from GPUs.
 """
@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from sidp_sgl.calibration.decoder import Decoder
-from sidp_sgl.calibration.link import Fetches, SentRows
 
 _HEAD_START_CYCLES = 200_000  # 0.1 ms
 
@@ -37,19 +34,8 @@ class CpuDevice:
         """`run` as a step does it."""
         return run
 
-    def fetches(
-        self, meeting: str, rank: int, num_ranks: int, num_bytes: int, link_gbps: float | None
-    ) -> Fetches:
-        from sidp_sgl.calibration.shm_link import ShmFetches
-
-        return ShmFetches(meeting, rank, num_ranks, num_bytes, link_gbps)
-
-    def sent_rows(
-        self, meeting: str, rank: int, num_ranks: int, decoder: Decoder, hidden_size: int
-    ) -> SentRows:
-        from sidp_sgl.calibration.shm_link import ShmSentRows
-
-        return ShmSentRows(meeting, rank, num_ranks, decoder, hidden_size)
+    def stopwatch(self) -> "CpuStopwatch":
+        return CpuStopwatch()
 
 
 class CudaDevice:
@@ -74,23 +60,44 @@ class CudaDevice:
         run()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The thread that serves other ranks goes on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
-    def fetches(
-        self, meeting: str, rank: int, num_ranks: int, num_bytes: int, link_gbps: float | None
-    ) -> Fetches:
-        from sidp_sgl.calibration.cuda_link import CudaFetches
+    def stopwatch(self) -> "CudaStopwatch":
+        return CudaStopwatch()
 
-        return CudaFetches(rank, num_ranks, num_bytes)
 
-    def sent_rows(
-        self, meeting: str, rank: int, num_ranks: int, decoder: Decoder, hidden_size: int
-    ) -> SentRows:
-        from sidp_sgl.calibration.cuda_link import CudaSentRows
+class CpuStopwatch:
+    """The time of what it runs, added up."""
 
-        return CudaSentRows(rank, num_ranks, decoder, hidden_size)
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, run: Callable[[], Any]) -> None:
+        started = time.perf_counter()
+        run()
+        self.seconds += time.perf_counter() - started
+
+
+class CudaStopwatch:
+    """The same of the current stream; `seconds` waits for it."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __call__(self, run: Callable[[], Any]) -> None:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        self._spans.append((begin, end))
+
+    @property
+    def seconds(self) -> float:
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
 
 
 Device = CpuDevice | CudaDevice

@@ -14,8 +14,14 @@ from statistics import fmean
 from typing import Any
 
 from sidp_sgl.calibration.environment import environment
-from sidp_sgl.calibration.points import CallPoint, FetchPoint, GemmPoint, OverlapPoint
-from sidp_sgl.calibration.rank import Barrier, RankMeasuring, RankPoints, RankTask
+from sidp_sgl.calibration.points import (
+    CallPoint,
+    FetchPoint,
+    GemmPoint,
+    OverlapPoint,
+    RankPoints,
+)
+from sidp_sgl.calibration.rank import Barrier, RankMeasuring, RankTask
 from sidp_sgl.config import SidpError
 from sidp_sgl.planner.models import ModelShape
 from sidp_sgl.scheduler.cores import plan_cores

@@ -52,6 +52,17 @@ class StepPoint(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RankPoints:
+    """What one rank measures; SGLang's steps are measured apart."""
+
+    gemms: list[GemmPoint]
+    fetches: list[FetchPoint]
+    copy_rate: float
+    overlaps: list[OverlapPoint]
+    calls: list[CallPoint]
+
+
+@dataclass(frozen=True)
 class Measurements:
     """`shape`: the model whose layers were measured; `call_layers` of them for the calls.
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from threading import BrokenBarrierError
 from typing import Any, Protocol
 
@@ -16,10 +17,18 @@ from torch.nn.functional import linear
 
 from sidp_sgl.calibration.decoder import Decoder
 from sidp_sgl.calibration.device import Device, make_device
-from sidp_sgl.calibration.link import Fetches, num_layers_of
-from sidp_sgl.calibration.points import CallPoint, FetchPoint, GemmPoint, OverlapPoint
+from sidp_sgl.calibration.link import Compute, Fetches, SentRows, num_layers_of
+from sidp_sgl.calibration.points import (
+    CallPoint,
+    FetchPoint,
+    GemmPoint,
+    OverlapPoint,
+    RankPoints,
+)
 from sidp_sgl.planner.models import ModelShape
 from sidp_sgl.planner.weights import Split, block_bytes, layer_weights, padded_vocab
+from sidp_sgl.weightpool.devices import make_transport
+from sidp_sgl.weightpool.transport import Transport
 
 BARRIER_SECONDS = 120.0
 _REPEATS = 4
@@ -45,15 +54,6 @@ class RankTask:
     link_gbps: float | None
     meeting: str
     point_seconds: float  # how long a point is measured, several times over
-
-
-@dataclass(frozen=True)
-class RankPoints:
-    gemms: list[GemmPoint]
-    fetches: list[FetchPoint]
-    copy_rate: float
-    overlaps: list[OverlapPoint]
-    calls: list[CallPoint]
 
 
 class RankMeasuring:
@@ -129,17 +129,23 @@ class RankMeasuring:
     def _random(self, *size: int) -> torch.Tensor:
         return torch.randn(*size, dtype=torch.bfloat16, device=self._device.device)
 
+    def _transport(self, link_gbps: float | None) -> Transport:
+        rate = None if link_gbps is None else link_gbps * 1e9
+        return make_transport(self._device.device.type, rate)
+
     def _open(self, name: str, num_bytes: int, link_gbps: float | None) -> Fetches:
         task = self.task
         meeting = f"{task.meeting}-{name}"
         with torch.inference_mode(False):  # a thread of its own writes to the slots
-            return self._device.fetches(meeting, task.rank, task.num_ranks, num_bytes, link_gbps)
+            transport = self._transport(link_gbps)
+            return Fetches(meeting, task.rank, task.num_ranks, num_bytes, transport)
 
     def _fetch(self, num_bytes: int, link_gbps: float | None) -> float:
         """Seconds of one fetch where nothing is computed."""
         fetches = self._open(f"fetch-{num_bytes}-{link_gbps}", num_bytes, link_gbps)
         try:
-            (seconds,) = self._times(lambda: fetches.run(lambda layer: None), passes=4)
+            watch = self._device.stopwatch()
+            (seconds,) = self._times(lambda: fetches.run(lambda layer: None, watch), passes=4)
             self._together()
         finally:
             fetches.close()
@@ -157,27 +163,32 @@ class RankMeasuring:
         try:
             (once,) = self._times(self._pass(decoder, 1), passes=2)
             rounds = max(1, math.ceil(_COVER * fetch_seconds / once))
-            compute, waited = self._layer(decoder, rounds), [0.0]
+            compute, watches = self._layers(decoder, rounds), []
 
             def beside() -> None:
-                waited.append(fetches.run(compute))
+                watches.append(self._device.stopwatch())
+                fetches.run(compute, watches[-1])
 
             # Without its waits for blocks: those are the planner's to say.
             alone, elapsed = self._times(self._pass(decoder, rounds), beside, passes=3)
+            waited = statistics.median(watch.seconds for watch in watches)
             self._together()
         finally:
             fetches.close()
-        return OverlapPoint(alone, elapsed - statistics.median(waited), fetch_seconds)
+        return OverlapPoint(alone, elapsed - waited, fetch_seconds)
 
-    def _layer(self, decoder: Decoder, rounds: int) -> Callable[[int], None]:
-        def compute(layer: int) -> None:
+    def _layers(self, decoder: Decoder, rounds: int) -> Compute:
+        """What computes a layer so many times; on a GPU, by one launch."""
+
+        def layer_times(layer: int) -> None:
             for _ in range(rounds):
                 decoder.ffn(layer, decoder.attend(layer, decoder.rows))
 
-        return compute
+        runs = [self._device.captured(partial(layer_times, n)) for n in range(self._num_layers)]
+        return lambda layer: runs[layer]()
 
     def _pass(self, decoder: Decoder, rounds: int) -> Callable[[], None]:
-        compute = self._layer(decoder, rounds)
+        compute = self._layers(decoder, rounds)
 
         def run() -> None:
             for layer in range(self._num_layers):
@@ -190,13 +201,19 @@ class RankMeasuring:
         decoder = Decoder(task.shape, self._num_layers, num_rows, self._device.device)
         meeting = f"{task.meeting}-calls-{num_rows}"
         with torch.inference_mode(False):
-            sent = self._device.sent_rows(
-                meeting, task.rank, task.num_ranks, decoder, task.shape.hidden_size
-            )
+            transport, width = self._transport(None), task.shape.hidden_size
+            sent = SentRows(meeting, task.rank, task.num_ranks, decoder, width, transport)
+        attended: dict[int, torch.Tensor] = {}
+
+        def attend(layer: int) -> None:
+            attended[layer] = decoder.attend(layer, decoder.rows)
+
+        attends = [self._device.captured(partial(attend, n)) for n in range(self._num_layers)]
 
         def run() -> None:
-            for layer in range(self._num_layers):
-                sent.run(layer, decoder.attend(layer, decoder.rows))
+            for layer, attend_here in enumerate(attends):
+                attend_here()
+                sent.run(layer, attended[layer])
 
         try:
             local, away = self._times(self._pass(decoder, 1), run, passes=12)

@@ -11,8 +11,7 @@ from sidp_sgl.calibration.calibrate_command import SMALL
 from sidp_sgl.calibration.fit import fit_machine
 from sidp_sgl.calibration.group import mean_points, measure_ranks
 from sidp_sgl.calibration.link import num_layers_of
-from sidp_sgl.calibration.points import GemmPoint, Measurements, StepPoint
-from sidp_sgl.calibration.rank import RankPoints
+from sidp_sgl.calibration.points import GemmPoint, Measurements, RankPoints, StepPoint
 from sidp_sgl.cli import main
 from sidp_sgl.config import SidpError
 from sidp_sgl.planner.machine import Machine
@@ -119,5 +118,3 @@ def test_gpus_that_are_not_there(
     monkeypatch.setattr("sidp_sgl.calibration.device.num_gpus", lambda: 2)
     assert main(["calibrate", "--device", "cuda", "--num-ranks", "4"]) == 2
     assert "2 GPUs" in capsys.readouterr().err
-    assert main(["calibrate", "--device", "cuda", "--link-gbps", "1"]) == 2
-    assert "--link-gbps" in capsys.readouterr().err
