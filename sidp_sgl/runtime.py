@@ -105,7 +105,9 @@ class Rank:
         self.dp_size = parallel.dp_size
         # As resolved: the arguments themselves stay as the user gave them.
         self.device = get_device().device
-        self.graphs = get_exec().graph.cuda_graph_config.decode.backend != "disabled"
+        has_graphs = get_exec().graph.cuda_graph_config.decode.backend != "disabled"
+        # Units are captured before SGLang replaces its GEMMs by batch-invariant ones.
+        self.graphs = has_graphs and not get_exec().deterministic.enable_deterministic_inference
         self.model_config = model_config_of(server_args)
         layer_owners = owners(
             self.model_config.num_hidden_layers, self.dp_size, config.sidp_placement

@@ -34,13 +34,15 @@ if __name__ == "__main__":
 """
 
 
-def _run(model: str, keywords: dict[str, Any]) -> Any:
+def _run(model: str, keywords: dict[str, Any], seconds: float) -> Any:
     environment = {**os.environ, "SIDP_CUDA_UNVERIFIED": "1"}
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:  # spawned processes import it
         script.write(_SCRIPT)
         script.flush()
         command = [sys.executable, script.name, model, json.dumps(keywords)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=75, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, env=environment
+        )
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
@@ -64,7 +66,7 @@ def engine(gpu: Gpu) -> dict[str, Any]:
     config, _ = read_config(MODEL)
     with tempfile.TemporaryDirectory() as model:
         size = write_in_child(Path(model), {**config, **SMALLER}, 0, "cuda")
-        plain, _ = _run(model, {**FLAGS, **PLAIN_FLAGS})
+        plain, _ = _run(model, {**FLAGS, **PLAIN_FLAGS}, 105.0)  # kernels are compiled
         modes = {mode: _in_mode(mode, model, plain) for mode in MODES}
     return {"weight_bytes": size, **modes, "ok": all(mode["ok"] for mode in modes.values())}
 
@@ -72,7 +74,7 @@ def engine(gpu: Gpu) -> dict[str, Any]:
 def _in_mode(mode: str, model: str, plain: Any) -> dict[str, Any]:
     """A mode that fails is a result too: the other one still runs."""
     try:
-        tokens, states = _run(model, {**FLAGS, **SIDP_FLAGS, "sidp_mode": mode})
+        tokens, states = _run(model, {**FLAGS, **SIDP_FLAGS, "sidp_mode": mode}, 55.0)
     except Exception as error:
         return {"error": str(error), "ok": False}
     counters = {

@@ -16,7 +16,7 @@ _LARGE_GPU_BATCH = 512  # of decode graphs; SGLang has 256 where weights are not
 
 
 def defaults(cfg: Any, gpu_mib: float | None) -> dict[str, Any]:
-    """Fields to declare. `cfg`: the arguments as resolved so far; `gpu_mib`: a GPU's memory."""
+    """Fields to declare. `cfg`: the arguments as resolved so far; `gpu_mib`: a rank's memory."""
     declared: dict[str, Any] = {}
     if not cfg.sleep_on_idle:
         # A scheduler that spins keeps the interpreter from the threads that serve other ranks.
@@ -32,9 +32,12 @@ def defaults(cfg: Any, gpu_mib: float | None) -> dict[str, Any]:
 
 def _declare(server_args: Any, previous: Any) -> None:
     cfg = resolving_view(server_args)
-    if arguments.config_of(server_args) is not None and cfg.device == "cuda":
-        fields = defaults(cfg, get_device_memory_capacity(cfg.device))
-        declare_resolution(server_args, "sidp", **fields)
+    config = arguments.config_of(server_args)
+    if config is not None and cfg.device == "cuda":
+        gpu_mib = get_device_memory_capacity(cfg.device)
+        if gpu_mib is not None and config.sidp_colocate:
+            gpu_mib /= cfg.dp_size
+        declare_resolution(server_args, "sidp", **defaults(cfg, gpu_mib))
     previous(server_args)
 
 

@@ -17,6 +17,7 @@ from sidp_sgl.weightpool.cuda_driver import CudaDriver
 from sidp_sgl.weightpool.cuda_memory import PeerMemory, SharedMemory
 from sidp_sgl.weightpool.graphed_units import graphed
 from sidp_sgl.weightpool.pooled_unit import PooledUnit
+from sidp_sgl.weightpool.timer_slack import sleep_exactly
 from sidp_sgl.weightpool.word_calls import WordCalls
 
 
@@ -35,6 +36,7 @@ class CudaCalls(WordCalls):
         graphs: bool = True,
     ) -> None:
         super().__init__(rank, num_ranks)
+        sleep_exactly()  # the thread that calls owners
         self._driver, self._graphs = driver, graphs
         self._memory = SharedMemory(driver, align(inbox_bytes) + results_bytes)
         self._inbox_bytes = inbox_bytes
@@ -69,9 +71,14 @@ class CudaCalls(WordCalls):
     @contextmanager
     def serving(self) -> Iterator[None]:
         """The service's thread computes on a stream of its own, of highest priority."""
+        sleep_exactly()
         self._driver.bind_thread()
         with self._driver.on_stream(self._stream):
             yield
+
+    def _rows_have_left(self, owner: int, number: int) -> bool:
+        self._driver.is_idle(self._driver.current_stream())  # raises where its work has failed
+        return super()._rows_have_left(owner, number)
 
     def _tell(self, peer: int, index: int, number: int) -> None:
         stream = self._driver.current_stream()

@@ -52,12 +52,12 @@ class UnitExecution:
         remote = self.remote
         assert remote is not None
         num_rows = min(remote.step_rows, len(rows))
+        if num_rows < len(rows):
+            result[num_rows:].zero_()
         if self._called(unit, rows[:num_rows], result[:num_rows]) is None:
             self._pool.enter(unit.layer)
             result[:num_rows].copy_(unit.compute(rows[:num_rows]))
             self._leave(unit)
-        if num_rows < len(rows):
-            result[num_rows:].zero_()
 
     def _called(
         self, unit: PooledUnit, rows: torch.Tensor, out: torch.Tensor | None = None

@@ -203,7 +203,7 @@ class LibCuda(CudaDriver):
     def is_idle(self, stream: int) -> bool:
         code = self._cuda.cuStreamQuery(c_void_p(stream))
         if code not in (0, abi.NOT_READY):
-            raise CudaError(f"work of the copy stream failed: error {code}")
+            raise CudaError(f"work on GPU {self.device} has failed: error {code}")
         return code == 0
 
     def create_event(self) -> int:

@@ -91,28 +91,29 @@ class WordCalls(Calls):
 
     def wait(self, owner: int, seconds: float) -> Outcome:
         words, first, number = self._own.words, WORDS * owner, self._sent[owner]
-        if seconds > 0:
-            self._wait_for_rows(owner, number)
-        deadline = None
+        deadline = begun = None
+        is_late = False  # the rows had not left when patience ran out
         while words[first + ANSWERED] != number:
-            if deadline is None:
-                deadline = time.monotonic() + seconds
-            left = deadline - time.monotonic()
+            now = time.monotonic()
+            if begun is None or deadline is None:
+                begun, deadline = now, now + seconds
+            left = deadline - now
             if left <= 0:
-                return Outcome.SILENT
+                has_left = self._rows_have_left(owner, number)
+                if seconds <= 0 or (has_left and not is_late) or now - begun > WAIT_SECONDS:
+                    return Outcome.SILENT
+                is_late, deadline = not has_left, now + seconds
+                continue
             if words[first + ANSWERING] == number:  # the owner's GPU is at it
                 _pause(seconds - left)
             elif self._answer_poll.poll(left * 1e3):
                 os.eventfd_read(self._own.answer_bell)
         return Outcome(words[first + OUTCOME])
 
-    def _wait_for_rows(self, owner: int, number: int) -> None:
-        """Until the call's rows lie in the owner's inbox. What this rank's own GPU had to do before
+    def _rows_have_left(self, owner: int, number: int) -> bool:
+        """Whether a call's rows lie in the owner's inbox. What this rank's own GPU had to do before
         is not the owner's silence, and after a silence no rows may arrive in a lease given back."""
-        words, index = self._bells[owner].words, WORDS * self._rank + NUMBER
-        begun = time.monotonic()
-        while words[index] != number and time.monotonic() < begun + WAIT_SECONDS:
-            _pause(time.monotonic() - begun)
+        return self._bells[owner].words[WORDS * self._rank + NUMBER] == number
 
     def receive(self, seconds: float) -> list[Call]:
         deadline, is_rung = time.monotonic() + seconds, False

@@ -70,7 +70,7 @@ class FakeCuda(FakeMemory):
         graph = self._stream(stream).graph = FakeGraph()
         with self.on_stream(stream):
             yield graph
-        for thing in self._things.values():
+        for thing in list(self._things.values()):  # events may go meanwhile, with their objects
             if isinstance(thing, FakeStream) and thing.graph is graph:
                 thing.graph = None
         self._stream(stream).enqueue(None)
