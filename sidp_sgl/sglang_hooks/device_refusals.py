@@ -10,6 +10,8 @@ from sidp_sgl.config import SidpConfig, SidpUsageError
 
 UNVERIFIED = "SIDP_CUDA_UNVERIFIED"  # lets --sidp run on GPUs before that was verified
 
+ONE_DEVICE = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
+
 
 def check_device(cfg: Any, config: SidpConfig) -> None:
     """Raise SidpUsageError for a device, or CUDA graphs, that --sidp does not run on."""
@@ -26,6 +28,10 @@ def check_device(cfg: Any, config: SidpConfig) -> None:
         )
     if cfg.device != "cuda":
         return
+    if os.environ.get(ONE_DEVICE, "0").lower() in ("1", "true"):
+        raise SidpUsageError(
+            f"{ONE_DEVICE} does not work with --sidp: ranks map one another's memory; unset it"
+        )
     graphs = cfg.cuda_graph_config
     if graphs.prefill.backend != "disabled":
         raise SidpUsageError(

@@ -11,7 +11,7 @@ import torch
 from sidp_sgl.config import SidpConfig, SidpUsageError
 from sidp_sgl.sglang_hooks import colocation
 from sidp_sgl.sglang_hooks.cuda_graphs import GraphHooks
-from sidp_sgl.sglang_hooks.device_refusals import UNVERIFIED, check_device
+from sidp_sgl.sglang_hooks.device_refusals import ONE_DEVICE, UNVERIFIED, check_device
 from sidp_sgl.weightpool.devices import make_transport
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.shm import ShmTransport
@@ -40,6 +40,10 @@ def test_gpus_are_refused_until_verified(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with pytest.raises(SidpUsageError, match=remedy):
             check_device(wrong, config)
+    monkeypatch.setenv(ONE_DEVICE, "true")
+    with pytest.raises(SidpUsageError, match=f"{ONE_DEVICE}.*unset it"):
+        check_device(flags("cuda"), config)
+    check_device(flags("cpu"), config)
 
 
 class Pool:
