@@ -49,11 +49,13 @@ class Case(NamedTuple):
 
 LLAMA, QWEN2, QWEN3 = Model("llama", 8, False), Model("qwen2", 7, True), Model("qwen3", 8, True)
 CASES = [
+    Case(LLAMA, 2, "interleaved", "shifted", None, "ffn"),
+    Case(QWEN2, 3, "interleaved", "ticketed", None, "linear"),
+]
+THOROUGH = [
     Case(LLAMA, 2, "interleaved", "sequential", 1, "ffn"),
     Case(LLAMA, 3, "contiguous", "shifted", None, "linear"),
     Case(QWEN2, 4, "interleaved", "ticketed", None, "linear"),
-]
-THOROUGH = [
     Case(QWEN3, 4, "interleaved", "shifted", None, "ffn"),
     Case(QWEN2, 2, "contiguous", "ticketed", 4, "ffn"),
     Case(LLAMA, 4, "contiguous", "ticketed", 3, "ffn"),

@@ -1,5 +1,6 @@
 """What the processes of a test leave on the machine: processes, files, shared memory."""
 
+import os
 import tempfile
 import time
 import uuid
@@ -52,7 +53,8 @@ class Traces:
 
     def left(self) -> list[object]:
         """Processes, segments, sockets and files that are still there."""
-        files = [path for path in self.folder.rglob("*") if not path.is_dir()]
+        # Unlike rglob, walk does not mind folders that go meanwhile.
+        files = [Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names]
         folders = list(self.folder.glob("sidp-*"))
         segments = [path for path in self._segments if path.exists()]
         for group in self._groups:
