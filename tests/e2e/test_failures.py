@@ -82,6 +82,7 @@ class Killer(threading.Thread):
         self.victim.kill()
 
 
+@pytest.mark.thorough
 def test_rank_killed_while_starting(model: Path, traces: Traces) -> None:
     killer = Killer(traces)
     with pytest.raises(RankFailure) as caught:
@@ -209,6 +210,7 @@ def test_server_on_sigterm(model: Path, traces: Traces) -> None:
     traces.assert_nothing_left(2.0)
 
 
+@pytest.mark.thorough
 def test_ctrl_c_while_the_server_starts(model: Path, traces: Traces) -> None:
     process = launch_server(model, free_port(), stderr=subprocess.PIPE, text=True)
     wait_for_ranks(process.pid, 2, START_SECONDS)
@@ -232,6 +234,7 @@ def test_main_process_killed_while_starting(model: Path, traces: Traces) -> None
     traces.assert_nothing_left(END_SECONDS)
 
 
+@pytest.mark.thorough
 def test_a_model_that_can_not_be_pooled(traces: Traces, tmp_path: Path) -> None:
     config = transformers.MixtralConfig(
         vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
