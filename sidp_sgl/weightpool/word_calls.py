@@ -91,12 +91,11 @@ class WordCalls(Calls):
 
     def wait(self, owner: int, seconds: float) -> Outcome:
         words, first, number = self._own.words, WORDS * owner, self._sent[owner]
-        deadline = begun = None
-        is_late = False  # the rows had not left when patience ran out
+        begun = time.monotonic()
+        deadline = begun + seconds
+        is_late = False  # the rows had not left when patience ran out: then it begins anew
         while words[first + ANSWERED] != number:
             now = time.monotonic()
-            if begun is None or deadline is None:
-                begun, deadline = now, now + seconds
             left = deadline - now
             if left <= 0:
                 has_left = self._rows_have_left(owner, number)

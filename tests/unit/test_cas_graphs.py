@@ -66,8 +66,7 @@ class Engine:
         ]
         self.inputs = torch.zeros(max(SIZES), WIDTH)
         for size in reversed(SIZES):
-            key = SimpleNamespace(size=size)
-            self.hooks._cas.capture(Backend(), size_key(key), self._forward(size))
+            self.hooks._cas.capture(Backend(), ShapeKey(size), self._forward(size))
 
     def _forward(self, size: int) -> Any:
         return lambda: model(self.execution.run, self.units, self.inputs[:size])
@@ -79,18 +78,15 @@ class Engine:
         size = next(size for size in SIZES if size >= len(rows))
         self.inputs[: len(rows)] = rows
         self.remote.begin_step(leases, len(rows))
-        output = self.hooks._replay(None, Backend(), size_key(SimpleNamespace(size=size)))
+        output = self.hooks._replay(None, Backend(), ShapeKey(size))
         self.remote.end_step()
         assert not output[len(rows) :].isnan().any(), "rows that fill the batch are numbers"
         return output[: len(rows)]
 
 
-def size_key(key: Any) -> Any:
-    """Equal where sizes are, as SGLang's ShapeKey."""
-    return ShapeKey(key.size)
-
-
 class ShapeKey(int):
+    """Equal where sizes are, as SGLang's."""
+
     @property
     def size(self) -> int:
         return int(self)
