@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from bench.record import record, spread
 from bench.tables import plain
-from sidp_sgl.scheduler.dispatch import Dispatcher
-from sidp_sgl.scheduler.prompts import prompt_key
+from sidp_sgl.scheduler.dispatch.policy import Dispatcher
+from sidp_sgl.scheduler.dispatch.prompts import prompt_key
+from sidp_sgl.scheduler.dispatch.window import Queued
 from sidp_sgl.scheduler.state import RankState
-from sidp_sgl.scheduler.window import Queued
 
 KV_TOKENS = 1_000_000
 BATCH = 64  # requests that a rank takes per report

@@ -22,7 +22,7 @@ from bench.figures import LABELS
 from bench.iteration_report import crossing, draw, print_table
 from bench.record import record, spread
 from bench.side import Side
-from sidp_sgl.weightpool.staging import ROWS_PER_RANK
+from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 
 DP_SIZE = 2
 SIDES = ["plain", "was", "cas", "auto"]

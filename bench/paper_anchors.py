@@ -18,9 +18,9 @@ from bench.paper_jobs import (
     run,
 )
 from bench.paper_reasons import REASONS
+from bench.simulator.layers import layered_step
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.models import load_model
-from sidp_sgl.planner.simulator.layers import layered_step
 from sidp_sgl.planner.time_model import Work
 
 

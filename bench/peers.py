@@ -20,7 +20,7 @@ from bench.record import record, spread
 from bench.side import Side
 from bench.tables import plain
 from sidp_sgl.planner.models import read_config
-from sidp_sgl.sglang_hooks.device_refusals import UNVERIFIED
+from sidp_sgl.sglang_hooks.cuda.refusals import UNVERIFIED
 
 PLAIN = "plain DP"
 START_SECONDS = 900.0

@@ -28,7 +28,7 @@ from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.schedule import DEFAULT_SLOTS
-from sidp_sgl.weightpool.shm import ShmTransport
+from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
 
 BLOCK_BYTES = 64 * 1024  # small, so that copying it takes no time; the paced link does
 FETCHES = (0.5, 0.9, 1.0)  # f/τ

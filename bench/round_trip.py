@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from bench.record import record
-from sidp_sgl.weightpool.calls import Call, Outcome
-from sidp_sgl.weightpool.compute_service import ComputeService
-from sidp_sgl.weightpool.pooled_unit import PooledUnit
-from sidp_sgl.weightpool.remote import RemoteUnits
-from sidp_sgl.weightpool.shm_calls import ShmCalls
-from sidp_sgl.weightpool.staging import Staging, make_staging
+from sidp_sgl.weightpool.cas.calls import Call, Outcome
+from sidp_sgl.weightpool.cas.requester import RemoteUnits
+from sidp_sgl.weightpool.cas.service import ComputeService
+from sidp_sgl.weightpool.cas.staging import Staging, make_staging
+from sidp_sgl.weightpool.cas.unit import PooledUnit
+from sidp_sgl.weightpool.transport.shm.calls import ShmCalls
 
 HIDDEN, INTERMEDIATE = 128, 512
 PARTS = ("write rows", "wake owner", "compute", "wake requester", "read result")

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.record import record
+from bench.simulator import Job, Lengths, Report, Settings, make_requests, simulate
 from bench.tables import markdown, plain, put_into
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.gpus import find_gpu
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import load_model
-from sidp_sgl.planner.simulator import Job, Lengths, Report, Settings, make_requests, simulate
 
 MODEL, GPU = "Qwen3-32B", "H20"
 GROUP = 8  # GPUs of a node

@@ -24,12 +24,12 @@ from bench.constant_batch import ENVIRONMENT, INPUT_TOKENS, KEYWORDS, run_batch,
 from bench.demo_job import make_prompts
 from bench.record import record
 from bench.side import Side
+from bench.simulator import Request
 from bench.tables import markdown, plain, put_into
 from bench.validation_predictions import Predictions
 from bench.validation_table import BAND, Row, summary, table
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import ModelShape, load_model
-from sidp_sgl.planner.simulator import Request
 from sidp_sgl.planner.weights import Split, block_bytes
 from tests.support.checkpoints import write_checkpoint
 
@@ -85,8 +85,6 @@ class Validation:
         calibrations = [calibrate(self.model, self.num_ranks, self.gbps, files[0])]
         for name in self.names[1:]:
             more = {"sidp": True, "sidp_mode": name, "sidp_link_gbps": self.gbps}
-            if name == "auto":
-                more["sidp_calibration"] = str(files[0])
             with self._side(name, more) as side:
                 measured[name] = self._measure(name, side)
         calibrations.append(calibrate(self.model, self.num_ranks, self.gbps, files[1]))

@@ -3,11 +3,11 @@
 import statistics
 from collections.abc import Callable
 
+from bench.simulator import Request, Settings, simulate
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import ModelShape
-from sidp_sgl.planner.simulator import Request, Settings, simulate
-from sidp_sgl.weightpool.staging import ROWS_PER_RANK
+from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 
 
 class Predictions:

@@ -4,12 +4,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from sidp_sgl.config import SidpUsageError
+from sidp_sgl.errors import SidpUsageError
 
 COMMANDS = {
     "plan": ("sidp_sgl.planner.plan_command", "is SiDP worth it, and with which settings?"),
     "calibrate": (
-        "sidp_sgl.calibration.calibrate_command",
+        "sidp_sgl.planner.calibrate.command",
         "measure this machine for plan, simulator and engine",
     ),
     "run-batch": (

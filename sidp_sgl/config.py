@@ -3,19 +3,13 @@
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from sidp_sgl.errors import SidpUsageError
+
 POOLS = ("ffn", "linear")
 MODES = ("auto", "was", "cas")
 PLACEMENTS = ("interleaved", "contiguous")
 PREFETCH_ORDERS = ("sequential", "shifted", "ticketed")
 OWN_DISPATCH = "sidp"  # value of --load-balance-method
-
-
-class SidpError(Exception):
-    """A reason why SiDP can't start or go on, in one line that names the remedy."""
-
-
-class SidpUsageError(SidpError, ValueError):
-    """A flag, keyword or combination that the user has to change."""
 
 
 def _flag(help_text: str, **argparse_options: Any) -> dict[str, Any]:
@@ -79,14 +73,6 @@ class SidpConfig:
             metavar="X",
         ),
     )
-    sidp_calibration: str | None = field(
-        default=None,
-        metadata=_flag(
-            "File written by sidp-sgl calibrate: mode auto begins with the threshold that follows "
-            "from it, instead of measuring at start.",
-            metavar="FILE",
-        ),
-    )
     sidp_colocate: bool = field(
         default=False,
         metadata=_flag(
@@ -136,23 +122,7 @@ class SidpConfig:
                 raise SidpUsageError(
                     f"{flag_name(changed[0])} has no effect without --sidp: add it"
                 )
-        self._check_calibration(threshold)
         return replace(self, sidp_batch_threshold=threshold)
-
-    def _check_calibration(self, threshold: int | str) -> None:
-        if self.sidp_calibration is None:
-            return
-        flag, fixed = "--sidp-calibration", None
-        if self.sidp_mode != "auto":
-            fixed = f"--sidp-mode {self.sidp_mode}"
-        elif threshold != "auto":
-            fixed = f"--sidp-batch-threshold {threshold}"
-        if fixed:
-            raise SidpUsageError(f"{flag} has no effect with {fixed}: leave one of them out")
-        # Not above: this module is what the planner's import.
-        from sidp_sgl.planner.machine import Machine
-
-        Machine.from_json(self.sidp_calibration, flag)
 
     def of_engine(self, group: str, load_balance_method: str) -> "SidpConfig":
         """With what one engine adds: its name, and who dispatches."""

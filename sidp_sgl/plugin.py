@@ -15,7 +15,7 @@ def register() -> None:
         runtime.register()
     except Exception as error:
         if group := os.environ.get("SIDP_GROUP"):
-            from sidp_sgl.scheduler.liveness import give_up
+            from sidp_sgl.scheduler.lifecycle.liveness import give_up
 
             give_up(group, None, error)
         raise
@@ -23,6 +23,6 @@ def register() -> None:
 
 def activate_cpu_platform() -> str | None:
     """Entry point of group `sglang.srt.platforms`: class path of the CPU platform, or None."""
-    from sidp_sgl.sglang_hooks.cpu_platform import activate
+    from sidp_sgl.sglang_hooks.cpu.platform import activate
 
     return activate()

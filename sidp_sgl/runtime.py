@@ -16,38 +16,33 @@ from sglang.srt.runtime_context import get_device, get_exec, get_parallel
 
 from sidp_sgl import __version__
 from sidp_sgl.config import SidpConfig
+from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
+from sidp_sgl.scheduler.lifecycle.spawning import DIRECTORY
 from sidp_sgl.scheduler.rank_control import RankControl
-from sidp_sgl.scheduler.rendezvous import Offer, exchange
-from sidp_sgl.scheduler.spawning import DIRECTORY
-from sidp_sgl.sglang_hooks import (
-    arguments,
-    colocation,
-    cpu_memory,
-    cuda_defaults,
-    failures,
-    refusals,
-    reports,
-    required,
-)
-from sidp_sgl.sglang_hooks.checkpoint import CheckpointReader
-from sidp_sgl.sglang_hooks.cuda_graphs import GraphHooks
-from sidp_sgl.sglang_hooks.dispatch import ControllerDispatch
-from sidp_sgl.sglang_hooks.metrics import MetricsHooks
-from sidp_sgl.sglang_hooks.modes import ModeHooks
-from sidp_sgl.sglang_hooks.offloader import PoolOffloader
-from sidp_sgl.sglang_hooks.planned_times import planned_times
+from sidp_sgl.sglang_hooks import arguments, refusals, required
+from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
+from sidp_sgl.sglang_hooks.cuda import colocation
+from sidp_sgl.sglang_hooks.cuda import defaults as cuda_defaults
+from sidp_sgl.sglang_hooks.cuda.graphs import GraphHooks
+from sidp_sgl.sglang_hooks.dispatch.controller import ControllerDispatch
+from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
+from sidp_sgl.sglang_hooks.failures import engine as failures
+from sidp_sgl.sglang_hooks.failures import reports
+from sidp_sgl.sglang_hooks.model.checkpoint import CheckpointReader
+from sidp_sgl.sglang_hooks.model.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.required import Hook
-from sidp_sgl.sglang_hooks.status import StatusHooks
-from sidp_sgl.sglang_hooks.updates import UpdateHooks
-from sidp_sgl.sglang_hooks.waiting import WaitingRequests
-from sidp_sgl.weightpool.compute_group import ComputeGroup, no_counters
-from sidp_sgl.weightpool.devices import make_calls, make_transport
+from sidp_sgl.sglang_hooks.status.metrics import MetricsHooks
+from sidp_sgl.sglang_hooks.status.status import StatusHooks
+from sidp_sgl.sglang_hooks.status.updates import UpdateHooks
+from sidp_sgl.sglang_hooks.step.modes import ModeHooks
+from sidp_sgl.weightpool.cas.compute_group import ComputeGroup, no_counters
+from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, capacity_rows, make_staging
+from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.pool import WeightPool
-from sidp_sgl.weightpool.pooled_unit import PooledUnit
 from sidp_sgl.weightpool.schedule import default_slots
-from sidp_sgl.weightpool.staging import ROWS_PER_RANK, capacity_rows, make_staging
+from sidp_sgl.weightpool.transport.devices import make_calls, make_transport
 
 CPU_PLATFORM = "sidp_cpu"
 
@@ -61,7 +56,7 @@ def register() -> None:
     failures.install()
     required.apply([Hook("sglang.srt.runtime_context.publish", _on_publish, HookType.AFTER)])
     if current_platform.device_name == CPU_PLATFORM:
-        from sidp_sgl.sglang_hooks import cpu_controller
+        from sidp_sgl.sglang_hooks.cpu import controller as cpu_controller
 
         required.apply(cpu_controller.MEMORY_HOOKS)
 
@@ -70,7 +65,7 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     """The per-process bootstrap: SGLang has just published the process's configuration."""
     config = arguments.config_of(server_args)
     if role == "dp_controller" and current_platform.device_name == CPU_PLATFORM:
-        from sidp_sgl.sglang_hooks import cpu_controller
+        from sidp_sgl.sglang_hooks.cpu import controller as cpu_controller
 
         required.apply(cpu_controller.CONTROLLER_HOOKS)
     if config is None:
@@ -135,10 +130,9 @@ class Rank:
         self.execution = UnitExecution(self.pool)
         self.offloader = PoolOffloader(self.pool, config.sidp_pool, self._meet_peers)
         self.reader = CheckpointReader(self.offloader.is_placeholder)
-        planned = planned_times(config, self.model_config.hf_config, self.dp_size)
         self.waiting = WaitingRequests(self.dp_rank, self.control.thread, directory)
         self.modes = ModeHooks(
-            self.control, self.pool, self.execution, lambda: self.waiting.received, planned
+            self.control, self.pool, self.execution, lambda: self.waiting.received
         )
 
     def start(self) -> None:

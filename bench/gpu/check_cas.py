@@ -12,10 +12,10 @@ from bench.gpu.device import Gpu
 from bench.gpu.models import DECODERS, scaled
 from bench.gpu.ranks import Rank, run_ranks
 from sidp_sgl.kernels import flags
-from sidp_sgl.weightpool.compute_group import ComputeGroup
-from sidp_sgl.weightpool.cuda_calls import CudaCalls
-from sidp_sgl.weightpool.pooled_unit import PooledUnit
-from sidp_sgl.weightpool.staging import make_staging
+from sidp_sgl.weightpool.cas.compute_group import ComputeGroup
+from sidp_sgl.weightpool.cas.staging import make_staging
+from sidp_sgl.weightpool.cas.unit import PooledUnit
+from sidp_sgl.weightpool.transport.cuda.calls import CudaCalls
 
 ROUND_TRIP_TARGET = 20e-6  # seconds beyond the GEMM
 _STEPS, _WIDTH = 100, 256

@@ -10,9 +10,9 @@ from bench.gpu.device import Gpu
 from bench.gpu.models import DECODERS
 from bench.gpu.ranks import Rank, run_ranks
 from sidp_sgl.kernels import copies
-from sidp_sgl.weightpool.cuda_driver import HandleKind
-from sidp_sgl.weightpool.cuda_memory import PeerMemory, SharedMemory
-from sidp_sgl.weightpool.transport import TransportError
+from sidp_sgl.weightpool.transport.cuda.driver import HandleKind
+from sidp_sgl.weightpool.transport.cuda.memory import PeerMemory, SharedMemory
+from sidp_sgl.weightpool.transport.interface import TransportError
 
 FETCH_TARGET = 0.95  # of a plain copy of the same size
 

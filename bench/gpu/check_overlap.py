@@ -10,13 +10,13 @@ from torch.nn import functional
 from bench.gpu.device import Gpu
 from bench.gpu.models import DECODERS, LINK_BYTES_PER_SECOND, Decoder, scaled
 from sidp_sgl.kernels import copies
-from sidp_sgl.weightpool.cuda import CudaTransport
-from sidp_sgl.weightpool.cuda_streams import Copier
-from sidp_sgl.weightpool.devices import PACED_SLICE
 from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.schedule import DEFAULT_SLOTS
+from sidp_sgl.weightpool.transport.cuda.streams import Copier
+from sidp_sgl.weightpool.transport.cuda.transport import CudaTransport
+from sidp_sgl.weightpool.transport.devices import PACED_SLICE
 
 BATCHES = (1, 16, 64, 128, 256, 512, 768, 1024)
 LAYERS, RANKS, CONTEXT_TOKENS = 12, 4, 1024

@@ -6,11 +6,11 @@ import torch
 
 from bench.gpu.device import Gpu
 from bench.gpu.ranks import Rank, run_ranks
-from sidp_sgl.weightpool.cuda import CudaTransport
 from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.schedule import default_slots
+from sidp_sgl.weightpool.transport.cuda.transport import CudaTransport
 
 LAYERS, STEPS, REPLAYS = 9, 8, 1000
 _ELEMENTS = 4 << 20  # bf16, of a layer; each layer has a few more

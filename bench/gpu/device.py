@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from sidp_sgl.weightpool.cuda_driver import CudaDriver
-from sidp_sgl.weightpool.libcuda import LibCuda
+from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver
+from sidp_sgl.weightpool.transport.cuda.libcuda import LibCuda
 
 _WARM_SECONDS = 0.2  # an idle GPU runs at a fraction of its clock
 _HEAD_START_CYCLES = 3_000_000

@@ -18,7 +18,7 @@ from sidp_sgl.batch.progress import Progress, Tally
 from sidp_sgl.batch.resume import Done
 from sidp_sgl.batch.settings import StateFile
 from sidp_sgl.batch.stop_signals import StopSignals
-from sidp_sgl.config import SidpUsageError
+from sidp_sgl.errors import SidpUsageError
 
 _DONE, _CONTINUABLE, _WRONG, _SIGNALLED = 0, 1, 2, 128
 _EPILOG = """All other flags are those of `python -m sglang.launch_server`, SiDP's among them, for

@@ -23,8 +23,8 @@ import zmq
 
 from sidp_sgl.batch.engine_process import FAILED, PARSED, START
 from sidp_sgl.batch.settings import settings_of
-from sidp_sgl.config import SidpError, SidpUsageError
-from sidp_sgl.scheduler.liveness import one_line
+from sidp_sgl.errors import SidpError, SidpUsageError
+from sidp_sgl.scheduler.lifecycle.liveness import one_line
 
 _USAGE = 2  # exit code of a command line that is wrong
 # Of named semaphores: those of ranks that were killed stay, and are found by it.

@@ -23,8 +23,8 @@ from sidp_sgl.batch.errors import EngineEnded
 from sidp_sgl.batch.progress import NO_STATUS, EngineStatus
 from sidp_sgl.batch.records import Answer
 from sidp_sgl.batch.request import Request
-from sidp_sgl.config import SidpUsageError
-from sidp_sgl.scheduler.liveness import describe_exit
+from sidp_sgl.errors import SidpUsageError
+from sidp_sgl.scheduler.lifecycle.liveness import describe_exit
 
 PROGRAM = "sidp_sgl.batch.engine"
 # Kinds of messages. To the engine:

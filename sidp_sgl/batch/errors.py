@@ -1,6 +1,6 @@
 """How a job ends before its time. Room: batch."""
 
-from sidp_sgl.config import SidpError
+from sidp_sgl.errors import SidpError
 
 
 class JobError(SidpError):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sidp_sgl.batch.duplicates import DuplicateFinder
 from sidp_sgl.batch.errors import JobError
 from sidp_sgl.batch.request import MAX_LINE_BYTES, LineError, Request, parse
-from sidp_sgl.config import SidpUsageError
+from sidp_sgl.errors import SidpUsageError
 
 MAX_ERRORS_SHOWN = 10
 _LINES_PER_TICK = 10_000

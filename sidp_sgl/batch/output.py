@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sidp_sgl.batch.errors import JobError
 from sidp_sgl.batch.records import Record, read_record
-from sidp_sgl.config import SidpUsageError
+from sidp_sgl.errors import SidpUsageError
 
 GROUP_RECORDS = 256
 GROUP_SECONDS = 1.0

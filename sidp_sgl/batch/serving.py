@@ -24,7 +24,7 @@ from sglang.srt.utils.json_response import model_json_response
 from sidp_sgl.batch.engine_process import ANSWER, FAILED, READY, REQUEST, STATUS, STOP
 from sidp_sgl.batch.records import error_body
 from sidp_sgl.batch.request import CHAT, COMPLETIONS
-from sidp_sgl.scheduler.liveness import RankFailure
+from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 
 _WATCH_SECONDS = 0.5
 _STATUS_SECONDS = 2.0

@@ -15,7 +15,8 @@ import orjson
 from sidp_sgl.batch.errors import JobError
 from sidp_sgl.batch.input import Contents
 from sidp_sgl.batch.output import sync_directory
-from sidp_sgl.config import SidpUsageError, flag_name
+from sidp_sgl.config import flag_name
+from sidp_sgl.errors import SidpUsageError
 
 SUFFIX = ".state"
 _FORMAT = 1

@@ -5,7 +5,8 @@ Room: planner; pure.
 
 from collections.abc import Iterator
 
-from sidp_sgl.config import MODES, SidpUsageError
+from sidp_sgl.config import MODES
+from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.deployment import (
     DP_ATTENTION,
     REPLICAS,

@@ -12,7 +12,7 @@ from sidp_sgl.planner.memory import RankMemory
 from sidp_sgl.planner.models import ModelShape
 from sidp_sgl.planner.time_model import RankTimes, Work
 from sidp_sgl.planner.weights import Split, kv_bytes, part_bytes
-from sidp_sgl.weightpool.staging import make_staging
+from sidp_sgl.weightpool.cas.staging import make_staging
 
 REPLICAS, DP_ATTENTION, SHARDED_GPU, SIDP = "replicas", "dp-attention", "sharded_gpu", "sidp"
 _GATHERED_LAYERS = 2  # that sharded_gpu holds: the one in use and the next

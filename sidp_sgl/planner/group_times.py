@@ -12,11 +12,11 @@ from functools import cached_property
 from sidp_sgl.planner.prefetch_factor import Prefetch, was_factor
 from sidp_sgl.planner.time_model import RankTimes, Work
 from sidp_sgl.planner.weights import block_bytes
-from sidp_sgl.scheduler.mode_policy import AUTO, CAS, WAS
-from sidp_sgl.scheduler.step_times import StepTimes, streams
+from sidp_sgl.scheduler.modes.policy import AUTO, CAS, WAS
+from sidp_sgl.scheduler.modes.times import streams
+from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.schedule import default_slots
-from sidp_sgl.weightpool.staging import ROWS_PER_RANK
 
 
 @dataclass(frozen=True)
@@ -168,13 +168,6 @@ class GroupTimes:
             if threshold <= sent
             else max(threshold, self.hiding_batch(context, max_batch))
         )
-
-    def step_times(self, context: float, max_batch: int) -> StepTimes:
-        """What a rank of the engine measures when it starts, at batch sizes 1, 2, 4, …"""
-        sizes = [2**n for n in range(max_batch.bit_length())]
-        work = {size: Work.decode(size, context) for size in sizes}
-        compute = {size: self.rank.compute_seconds(work[size]) for size in sizes}
-        return StepTimes(self.fetch_seconds, compute)
 
     def runs(self, mode: str, batch: int, threshold: int) -> str:
         """What a step of `batch` is in `--sidp-mode` `mode`, in the long run."""

@@ -8,7 +8,7 @@ import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
-from sidp_sgl.config import SidpUsageError
+from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.gpus import Gpu
 
 HBM_FRACTION = 0.85  # weights streamed by a GEMM

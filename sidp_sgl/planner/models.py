@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sidp_sgl.config import SidpUsageError
+from sidp_sgl.errors import SidpUsageError
 
 BUILT_IN = Path(__file__).parent / "model_configs"
 DTYPES = ("bf16", "fp8")

@@ -5,12 +5,12 @@ Room: planner; pure.
 
 from dataclasses import dataclass, replace
 
-from sidp_sgl.config import SidpUsageError
+from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.candidates import deployments
 from sidp_sgl.planner.deployment import SIDP, Deployment, Node
 from sidp_sgl.planner.time_model import Work
-from sidp_sgl.scheduler.mode_policy import AUTO, CAS
-from sidp_sgl.weightpool.staging import ROWS_PER_RANK
+from sidp_sgl.scheduler.modes.policy import AUTO, CAS
+from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 
 WORTH = 1.02  # SiDP must gain this factor: less is within the model's error
 ALIKE = 0.998  # settings that differ by less are equally fast

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sidp_sgl.config import PLACEMENTS, POOLS, PREFETCH_ORDERS, SidpUsageError
+from sidp_sgl.config import PLACEMENTS, POOLS, PREFETCH_ORDERS
+from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.deployment import Node
 from sidp_sgl.planner.gpus import GPUS, Gpu, find_gpu, read_gpu, with_figures
 from sidp_sgl.planner.machine import Machine

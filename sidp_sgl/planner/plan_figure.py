@@ -6,7 +6,7 @@ Room: planner. Needs matplotlib, which a plan without `--plot` does not.
 from pathlib import Path
 from typing import Any
 
-from sidp_sgl.config import SidpUsageError
+from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.plan import Plan
 
 _COLOURS = {"plain": "#444444", "fetch": "#999999", "was": "#1f77b4", "cas": "#d62728"}

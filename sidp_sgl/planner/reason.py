@@ -5,7 +5,7 @@ Room: planner; pure.
 
 from sidp_sgl.planner.deployment import SIDP
 from sidp_sgl.planner.plan import Estimate, Plan
-from sidp_sgl.scheduler.mode_policy import CAS
+from sidp_sgl.scheduler.modes.policy import CAS
 
 _LITTLE = 1.15  # times the KV cache: what batches hardly feel
 

@@ -7,7 +7,7 @@ there are more GPUs than heads.
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from sidp_sgl.config import SidpUsageError
+from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.memory import kv_bytes_per_token
 from sidp_sgl.planner.models import ModelShape
 from sidp_sgl.weightpool.alignment import align

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sidp_sgl.scheduler import bus
-from sidp_sgl.scheduler.leases import LeaseLedger
 from sidp_sgl.scheduler.messages import (
     CasDecline,
     CasGrant,
@@ -21,7 +20,8 @@ from sidp_sgl.scheduler.messages import (
     Recall,
     StateUpdate,
 )
-from sidp_sgl.scheduler.negotiation import Negotiation
+from sidp_sgl.scheduler.modes.leases import LeaseLedger
+from sidp_sgl.scheduler.modes.negotiation import Negotiation
 from sidp_sgl.scheduler.state import GroupState, RankState, is_worth_publishing
 
 _POLL_SECONDS = 1.0

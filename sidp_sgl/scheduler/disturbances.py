@@ -9,8 +9,8 @@ import random
 import time
 from dataclasses import dataclass, fields
 
-from sidp_sgl.config import SidpUsageError
-from sidp_sgl.scheduler.mode_policy import CAS, WAS, ModePolicy
+from sidp_sgl.errors import SidpUsageError
+from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
 
 VARIABLE = "SIDP_TEST_DISTURBANCES"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from sidp_sgl.scheduler.mode_policy import CAS, WAS
+from sidp_sgl.scheduler.modes.policy import CAS, WAS
 from sidp_sgl.scheduler.state import RankState
 
 VERSION = 2

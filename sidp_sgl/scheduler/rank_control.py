@@ -12,10 +12,10 @@ from typing import Any
 from sidp_sgl.config import OWN_DISPATCH, SidpConfig
 from sidp_sgl.scheduler import disturbances
 from sidp_sgl.scheduler.control import ControlThread, SchedulerControl
-from sidp_sgl.scheduler.leases import LeaseLedger
-from sidp_sgl.scheduler.mode_policy import ModePolicy
-from sidp_sgl.scheduler.service_share import ServiceShare, decline_reason
-from sidp_sgl.scheduler.step_modes import StepModes
+from sidp_sgl.scheduler.modes.leases import LeaseLedger
+from sidp_sgl.scheduler.modes.policy import ModePolicy
+from sidp_sgl.scheduler.modes.service_share import ServiceShare, decline_reason
+from sidp_sgl.scheduler.modes.step_modes import StepModes
 
 SERVICE_LIMIT = 0.5  # of its time, that an owner with a batch of its own serves others
 

@@ -13,8 +13,9 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.server_args import ServerArgs
 
-from sidp_sgl.config import OWN_DISPATCH, SidpConfig, SidpError, SidpUsageError, flag_name
-from sidp_sgl.sglang_hooks import cpu_memory
+from sidp_sgl.config import OWN_DISPATCH, SidpConfig, flag_name
+from sidp_sgl.errors import SidpError, SidpUsageError
+from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.required import Hook, check_version
 
 ATTRIBUTE = "_sidp"

@@ -15,10 +15,10 @@ from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_context
 
-from sidp_sgl.config import SidpConfig, SidpUsageError
+from sidp_sgl.config import SidpConfig
+from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
-from sidp_sgl.sglang_hooks.device_refusals import check_device
-from sidp_sgl.sglang_hooks.planned_times import planned_times
+from sidp_sgl.sglang_hooks.cuda.refusals import check_device
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.schedule import default_slots, shifted_slots
@@ -138,7 +138,6 @@ def check_model(server_args: Any, config: SidpConfig) -> None:
             "unquantised checkpoint, or drop --sidp"
         )
     check_slots(config, model_config.num_hidden_layers, cfg.dp_size)
-    planned_times(config, model_config.hf_config, cfg.dp_size)
     warn_of_no_gain(config, model_config.num_hidden_layers, cfg.dp_size)
 
 

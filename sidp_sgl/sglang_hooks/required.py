@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.version import __version__ as sglang_version
 
-from sidp_sgl.config import SidpError
+from sidp_sgl.errors import SidpError
 
 SUPPORTED_SGLANG = "0.5.23"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from sidp_sgl.weightpool.cas.requester import RemoteUnits
+from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.pool import WeightPool
-from sidp_sgl.weightpool.pooled_unit import PooledUnit
-from sidp_sgl.weightpool.remote import RemoteUnits
 
 # Rows [num_rows, in_width] of a unit to its result's rows, [num_rows, out_width].
 Call = Callable[[PooledUnit, torch.Tensor], torch.Tensor]

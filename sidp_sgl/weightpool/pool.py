@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from sidp_sgl.weightpool.captured import CapturedStep
 from sidp_sgl.weightpool.layout import BlockLayout
-from sidp_sgl.weightpool.prefetch import Prefetcher
 from sidp_sgl.weightpool.schedule import make_schedule
-from sidp_sgl.weightpool.transport import PeerBlock, Transport
+from sidp_sgl.weightpool.transport.interface import PeerBlock, Transport
+from sidp_sgl.weightpool.was.captured import CapturedStep
+from sidp_sgl.weightpool.was.prefetch import Prefetcher
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from tests.e2e.test_parity import (
     plain_sglang,
 )
 from tests.support.engines import answer, engine, environment, statuses
-from tests.support.machines import write_calibration
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 LOGPROB_TOLERANCE = 1e-5  # rows of one request alone are computed as they would be locally
 NUM_REQUESTS = 80
-FILE_THRESHOLD = 11  # of the calibration file
+GIVEN_THRESHOLD = 11  # in mode auto
 
 
 class Case(NamedTuple):
@@ -56,7 +55,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model.architecture}-{case.mode}")
 def test_one_request_at_a_time_equals_plain_sglang(case: Case, checkpoints: Path) -> None:
     plain = plain_sglang(case.model, checkpoints)
-    settings = {**SETTINGS, **calibration(case, checkpoints)}
+    settings = SETTINGS | ({"sidp_batch_threshold": GIVEN_THRESHOLD} if case.mode == "auto" else {})
     with (
         environment(**{DISTURBANCES: case.disturbances}),
         engine(
@@ -72,7 +71,7 @@ def test_one_request_at_a_time_equals_plain_sglang(case: Case, checkpoints: Path
         for rank in range(case.dp_size):
             if case.mode == "auto":  # before it has learnt from its steps
                 answer(running, PROMPTS[0], 4, rank)
-                assert statuses(running)[rank]["batch_threshold"] == FILE_THRESHOLD
+                assert statuses(running)[rank]["batch_threshold"] == GIVEN_THRESHOLD
             before = statuses(running)
             for prompt, expected in zip(PROMPTS, plain.answers, strict=True):
                 got = answer(running, prompt, NEW_TOKENS, rank)
@@ -81,14 +80,6 @@ def test_one_request_at_a_time_equals_plain_sglang(case: Case, checkpoints: Path
             check_mechanism(case, rank, before, statuses(running))
         check_capacity(plain, statuses(running))
         assert all(status["staging_bytes"] > 0 for status in statuses(running))
-
-
-def calibration(case: Case, folder: Path) -> dict[str, str]:
-    """For mode auto a file that says what the threshold is."""
-    if case.mode != "auto":
-        return {}
-    path = write_calibration(folder, threshold=FILE_THRESHOLD, num_layers=case.model.num_layers)
-    return {"sidp_calibration": str(path)}
 
 
 def check_mechanism(case: Case, rank: int, before: list[dict], after: list[dict]) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import sglang
 
-from sidp_sgl.scheduler.liveness import RankFailure
+from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from tests.support.checkpoints import write_checkpoint
 from tests.support.engines import engine, environment, statuses
 from tests.support.traces import Traces, rank_number, ranks

@@ -25,7 +25,7 @@ import pytest
 import sglang
 import transformers
 
-from sidp_sgl.scheduler.liveness import RankFailure
+from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from tests.support.checkpoints import write_checkpoint
 from tests.support.server import Server, free_port
 from tests.support.traces import Traces, rank_number, ranks, wait_for_ranks

@@ -17,7 +17,7 @@ import sglang
 
 from bench.record import record
 from sidp_sgl.scheduler.disturbances import VARIABLE as DISTURBANCES
-from sidp_sgl.scheduler.liveness import RankFailure
+from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from tests.soak.load import Load, Request, make_requests, texts_of
 from tests.soak.ranks import Resources, Stops, rank_processes, resources
 from tests.support.engines import engine, environment, statuses

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import torch
 
-from sidp_sgl.weightpool.calls import Calls
-from sidp_sgl.weightpool.compute_group import ComputeGroup
-from sidp_sgl.weightpool.cuda_calls import CudaCalls
-from sidp_sgl.weightpool.pooled_unit import PooledUnit
-from sidp_sgl.weightpool.shm_calls import ShmCalls
-from sidp_sgl.weightpool.staging import Staging, make_staging
+from sidp_sgl.weightpool.cas.calls import Calls
+from sidp_sgl.weightpool.cas.compute_group import ComputeGroup
+from sidp_sgl.weightpool.cas.staging import Staging, make_staging
+from sidp_sgl.weightpool.cas.unit import PooledUnit
+from sidp_sgl.weightpool.transport.cuda.calls import CudaCalls
+from sidp_sgl.weightpool.transport.shm.calls import ShmCalls
 from tests.support.fake_cuda import FakeCuda
 
 IN_WIDTH, OUT_WIDTH = 12, 20

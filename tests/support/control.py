@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sidp_sgl.scheduler.control import ControlThread, SchedulerControl
-from sidp_sgl.scheduler.leases import LeaseLedger
 from sidp_sgl.scheduler.messages import CasRelease, CasRequest, Message
+from sidp_sgl.scheduler.modes.leases import LeaseLedger
 from sidp_sgl.scheduler.state import RankState
 
 AMPLE_SECONDS = 10.0  # for answers that do come

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import sglang
 
 from bench.offline import shut_down, start_engine
-from sidp_sgl.calibration.environment import environment
+from sidp_sgl.planner.calibrate.environment import environment
 
 DEVICE_MEMORY = "16MiB"
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sidp_sgl.weightpool.cuda_driver import CudaError, HandleKind
+from sidp_sgl.weightpool.transport.cuda.driver import CudaError, HandleKind
 from tests.support.fake_graph import FakeGraph
 from tests.support.fake_memory import FakeMemory
 from tests.support.fake_streams import FakeEvent, FakeStream, Work

@@ -4,7 +4,7 @@ shows as wrong bytes, one that CUDA forbids as CUDA's error."""
 import random
 from collections.abc import Callable, Iterable
 
-from sidp_sgl.weightpool.cuda_driver import CudaError
+from sidp_sgl.weightpool.transport.cuda.driver import CudaError
 
 Work = Callable[[], None]
 

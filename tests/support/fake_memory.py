@@ -4,7 +4,7 @@ import ctypes
 import mmap
 import os
 
-from sidp_sgl.weightpool.cuda_driver import CudaDriver, CudaError, HandleKind
+from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver, CudaError, HandleKind
 
 GRANULARITY = 2 << 20
 _libc = ctypes.CDLL(None, use_errno=True)

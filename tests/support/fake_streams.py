@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from sidp_sgl.weightpool.shm import ShmEvent
+from sidp_sgl.weightpool.transport.shm.transport import ShmEvent
 from tests.support.fake_graph import FakeGraph
 
 Work = Callable[[], None]

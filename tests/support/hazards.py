@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from sidp_sgl.weightpool.shm import ShmCopyStream, ShmTransport
-from sidp_sgl.weightpool.transport import CopyStream, Event, PeerBlock, Stream
+from sidp_sgl.weightpool.transport.interface import CopyStream, Event, PeerBlock, Stream
+from sidp_sgl.weightpool.transport.shm.transport import ShmCopyStream, ShmTransport
 
 Kernel = Callable[[], None]
 

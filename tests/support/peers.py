@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
-from sidp_sgl.weightpool.shm import ShmTransport
-from sidp_sgl.weightpool.shm_port import OwnerPort
-from sidp_sgl.weightpool.transport import PeerBlock
+from sidp_sgl.weightpool.transport.interface import PeerBlock
+from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
+from sidp_sgl.weightpool.transport.shm.turns import OwnerPort
 
 
 class Owner:

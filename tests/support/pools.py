@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from sidp_sgl.scheduler.rendezvous import Offer, exchange
+from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
 from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.pool import PoolBytes, WeightPool
-from sidp_sgl.weightpool.prefetch import FetchCounters
 from sidp_sgl.weightpool.schedule import FetchSchedule, default_slots, make_schedule
-from sidp_sgl.weightpool.shm import ShmTransport
-from sidp_sgl.weightpool.transport import Transport
+from sidp_sgl.weightpool.transport.interface import Transport
+from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
+from sidp_sgl.weightpool.was.prefetch import FetchCounters
 
 Tensors = dict[str, torch.Tensor]
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from sidp_sgl.weightpool.cuda import CudaTransport
-from sidp_sgl.weightpool.cuda_streams import Copier, CudaComputeStream
-from sidp_sgl.weightpool.shm import ShmTransport
-from sidp_sgl.weightpool.transport import Transport
+from sidp_sgl.weightpool.transport.cuda.streams import Copier, CudaComputeStream
+from sidp_sgl.weightpool.transport.cuda.transport import CudaTransport
+from sidp_sgl.weightpool.transport.interface import Transport
+from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
 from tests.support.fake_cuda import FakeCuda
 
 KINDS = ["shm", "cuda"]

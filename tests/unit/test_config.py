@@ -1,26 +1,14 @@
 """SidpConfig: defaults, and one line that names the flag for whatever is wrong."""
 
 import dataclasses
-import json
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.config import (
-    MODES,
-    PLACEMENTS,
-    POOLS,
-    PREFETCH_ORDERS,
-    SidpConfig,
-    SidpUsageError,
-    flag_name,
-)
-from sidp_sgl.planner.gpus import find_gpu
-from sidp_sgl.planner.machine import Machine
+from sidp_sgl.config import MODES, PLACEMENTS, POOLS, PREFETCH_ORDERS, SidpConfig, flag_name
+from sidp_sgl.errors import SidpUsageError
 
 
 def refusal(**values: Any) -> str:
@@ -43,7 +31,6 @@ def test_defaults() -> None:
         "sidp_cache_slots": None,
         "sidp_prefetch_order": "ticketed",
         "sidp_link_gbps": None,
-        "sidp_calibration": None,
         "sidp_colocate": False,
         "group": "",
         "own_dispatch": True,
@@ -117,39 +104,6 @@ def test_a_threshold_has_no_effect_where_the_mode_is_fixed(mode: str, threshold:
     SidpConfig.from_values({"sidp": True, "sidp_mode": mode, "sidp_batch_threshold": "auto"})
 
 
-def calibration_file(folder: Path, **change: Any) -> str:
-    path = folder / "machine.json"
-    values = asdict(Machine.from_gpu(find_gpu("H100"))) | change
-    path.write_text(json.dumps({"machine": values}))
-    return str(path)
-
-
-def test_a_calibration_file_is_read_early(tmp_path: Path) -> None:
-    good = calibration_file(tmp_path)
-    assert SidpConfig.from_values({"sidp": True, "sidp_calibration": good}).sidp_calibration == good
-    for bad in (str(tmp_path / "missing"), str(tmp_path), __file__, 3):
-        message = refusal(sidp=True, sidp_calibration=bad)
-        assert f"--sidp-calibration {bad} " in message and "sidp-sgl calibrate" in message
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"copy_share": 1.0}, {"copy_share": -0.1}, {"request_seconds": "1"}, {"link_bandwidth": 0},
-     {"hbm_bandwidth": float("inf")}, {"step_seconds": float("nan")}],
-)  # fmt: skip
-def test_a_calibration_file_that_is_out_of_range(tmp_path: Path, change: dict[str, Any]) -> None:
-    message = refusal(sidp=True, sidp_calibration=calibration_file(tmp_path, **change))
-    assert "--sidp-calibration" in message and next(iter(change)) in message
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("sidp_mode", "was"), ("sidp_mode", "cas"), ("sidp_batch_threshold", 8)]
-)
-def test_a_calibration_needs_a_threshold_to_set(tmp_path: Path, name: str, value: Any) -> None:
-    message = refusal(sidp=True, sidp_calibration=calibration_file(tmp_path), **{name: value})
-    assert "--sidp-calibration has no effect with" in message and flag_name(name) in message
-
-
 @pytest.mark.parametrize("value", ["yes", 1, None])
 def test_the_switch_is_a_switch(value: Any) -> None:
     assert "--sidp is a switch" in refusal(sidp=value)
@@ -167,7 +121,6 @@ def test_the_switch_is_a_switch(value: Any) -> None:
         ("sidp_cache_slots", 2),
         ("sidp_prefetch_order", "shifted"),
         ("sidp_link_gbps", 1.0),
-        ("sidp_calibration", "machine.json"),
     ],
 )
 def test_a_flag_without_sidp_is_refused(name: str, value: Any) -> None:

@@ -1,0 +1,92 @@
+"""Which mode a rank's next step runs in: policy, estimates and negotiation put together.
+
+Room: scheduler. Between steps only; a step that has begun in CaS may still fall back by itself.
+"""
+
+from collections.abc import Mapping
+
+from sidp_sgl.scheduler.control import SchedulerControl
+from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
+from sidp_sgl.scheduler.modes.times import StepTimes
+
+_ROUND_ROWS = 8  # leases are asked for in multiples, so that a batch that grows a little fits
+_RECALCULATE_STEPS = 8
+_PATIENCE_SHARE = 0.25  # of a WaS step: what an answer may take
+_PATIENCE_SECONDS = (2e-3, 50e-3)
+
+
+class StepModes:
+    """`threshold`: batch size from which WaS is used, or None where it follows `times`.
+
+    `max_rows`: rows of a CaS step at most.
+    """
+
+    def __init__(
+        self,
+        policy: ModePolicy,
+        control: SchedulerControl,
+        max_rows: int,
+        threshold: int | None = None,
+    ) -> None:
+        self.policy = policy
+        self.control = control
+        self.times: StepTimes | None = None
+        self.steps = {WAS: 0, CAS: 0}
+        self._max_rows = max_rows
+        self._given_threshold = threshold
+        self._threshold: int | None = threshold
+        self._decided = 0
+        self._learns = True
+
+    @property
+    def threshold(self) -> int | None:
+        """Batch size from which WaS is used; None before it is known."""
+        return self._threshold
+
+    def set_threshold(self, threshold: int | None) -> None:
+        """From the next step on; None: as `times` have it. While a threshold is set, steps teach
+        nothing: what `auto` knows afterwards is of steps that it chose itself."""
+        self._given_threshold = self._threshold = threshold
+        self._decided = 0
+        self._learns = threshold is None
+
+    def observe(self, mode: str, batch_size: int, seconds: float, stall_seconds: float) -> None:
+        """A decode step is over: as `StepTimes.observe`."""
+        if self.times is not None and self._learns:
+            self.times.observe(mode, batch_size, seconds, stall_seconds)
+
+    def _patience(self, batch_size: int) -> float:
+        """Seconds that owners have to answer."""
+        low, high = _PATIENCE_SECONDS
+        if self.times is None:
+            return low
+        step = max(self.times.fetch_seconds, self.times.step_seconds(WAS, batch_size))
+        return min(max(_PATIENCE_SHARE * step, low), high)
+
+    def begin_decode(self, batch_size: int, *, can_call: bool) -> Mapping[int, int] | None:
+        """Leases (owner → first row) for a CaS step of `batch_size` rows; None for a WaS step."""
+        if self.times is not None and self._given_threshold is None:
+            if self._decided % _RECALCULATE_STEPS == 0:
+                self._threshold = self.times.threshold(self._max_rows)
+            self._decided += 1
+        threshold = self._threshold
+        if threshold is not None and threshold > self._max_rows:
+            threshold = 2 * self._max_rows  # out of reach: no hysteresis below it
+        if self.policy.decide(batch_size, threshold) != CAS or not can_call:
+            return None
+        if batch_size > self._max_rows:
+            return None
+        return self.control.leases(batch_size, self._patience(batch_size))
+
+    def end_decode(self, batch_size: int, mode: str, *, can_call: bool = True) -> None:
+        """Count the step, and ask for the next one's leases while the scheduler does its part."""
+        self.steps[mode] += 1
+        if self.policy.mode == CAS and can_call and batch_size <= self._max_rows:
+            rows = -(-batch_size // _ROUND_ROWS) * _ROUND_ROWS
+            self.control.ask(min(rows, self._max_rows))
+        else:
+            self.control.release()
+
+    def end_prefill(self) -> None:
+        """A prefill step always streams weights; leases asked for meanwhile stay."""
+        self.steps[WAS] += 1

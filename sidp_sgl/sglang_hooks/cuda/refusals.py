@@ -1,0 +1,46 @@
+"""Which devices --sidp runs on, and with which CUDA graphs.
+
+Room: sglang_hooks.
+"""
+
+import os
+from typing import Any
+
+from sidp_sgl.config import SidpConfig
+from sidp_sgl.errors import SidpUsageError
+
+UNVERIFIED = "SIDP_CUDA_UNVERIFIED"  # lets --sidp run on GPUs before that was verified
+
+ONE_DEVICE = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
+
+
+def check_device(cfg: Any, config: SidpConfig) -> None:
+    """Raise SidpUsageError for a device, or CUDA graphs, that --sidp does not run on."""
+    if cfg.device not in ("cpu", "cuda"):
+        raise SidpUsageError(f"--sidp does not run on --device {cfg.device}: use --device cpu")
+    if cfg.device == "cuda" and os.environ.get(UNVERIFIED) != "1":
+        raise SidpUsageError(
+            "--sidp on --device cuda has not been verified on hardware yet: use --device cpu, or "
+            f"set {UNVERIFIED}=1 to try it all the same"
+        )
+    if cfg.device == "cpu" and config.sidp_colocate:
+        raise SidpUsageError(
+            "--sidp-colocate puts all ranks on one GPU, and --device cpu has none: drop it"
+        )
+    if cfg.device != "cuda":
+        return
+    if os.environ.get(ONE_DEVICE, "0").lower() in ("1", "true"):
+        raise SidpUsageError(
+            f"{ONE_DEVICE} does not work with --sidp: ranks map one another's memory; unset it"
+        )
+    graphs = cfg.cuda_graph_config
+    if graphs.prefill.backend != "disabled":
+        raise SidpUsageError(
+            f"--sidp does not work with prefill CUDA graphs yet ({graphs.prefill.backend}): add "
+            "--cuda-graph-backend-prefill=disabled"
+        )
+    if graphs.decode.backend not in ("full", "disabled"):
+        raise SidpUsageError(
+            f"--sidp does not work with {graphs.decode.backend} decode CUDA graphs: add "
+            "--cuda-graph-backend-decode=full"
+        )

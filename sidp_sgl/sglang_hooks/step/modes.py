@@ -1,0 +1,127 @@
+"""Every step of the scheduler as SiDP sees it: its mode before, its cost after, its state to all.
+
+Room: sglang_hooks.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sidp_sgl.scheduler.modes.policy import CAS, WAS
+from sidp_sgl.scheduler.rank_control import RankControl
+from sidp_sgl.scheduler.state import RankState
+from sidp_sgl.sglang_hooks.required import Hook
+from sidp_sgl.sglang_hooks.step.calibration import calibrate
+from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
+from sidp_sgl.weightpool.execution import UnitExecution
+from sidp_sgl.weightpool.pool import WeightPool
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+
+class _Begun(NamedTuple):
+    """A decode step that was begun; times in seconds."""
+
+    at: float
+    mode: str
+    batch_size: int
+    stall: float
+
+
+class ModeHooks:
+    """In a rank's scheduler. `received()`: requests that the DP controller has sent so far."""
+
+    def __init__(
+        self,
+        control: RankControl,
+        pool: WeightPool,
+        execution: UnitExecution,
+        received: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.state = RankState(pool.rank, 0, 0, 0, 0, 0, 0, 0, 0.0, WAS)
+        self._received = received
+        self._control = control
+        self._modes = control.modes
+        self._pool = pool
+        self._execution = execution
+        self._last: _Begun | None = None
+        self._step_seconds = 0.0
+
+    def hooks(self) -> list[Hook]:
+        return [
+            Hook(f"{_SCHEDULER}.__init__", self._calibrate, HookType.AFTER),
+            Hook(f"{_SCHEDULER}.run_batch", self._run_batch, HookType.AROUND),
+            Hook(f"{_SCHEDULER}.ingest_requests", self._publish, HookType.AFTER),
+        ]
+
+    def _calibrate(self, _: Any, scheduler: Any, *__: Any, **___: Any) -> None:
+        if self._execution.remote is not None:
+            self._modes.times = calibrate(scheduler, self._pool, self._execution, ROWS_PER_RANK)
+
+    def _run_batch(self, original: Any, scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
+        now = time.perf_counter()
+        is_decode = batch.forward_mode.is_decode()
+        self._observe(now, is_next=is_decode and not scheduler._sched_idled)
+        if not is_decode:
+            self._last = None
+            self._modes.end_prefill()
+            return original(scheduler, batch, *args, **kw)
+        batch_size, remote = batch.batch_size(), self._execution.remote
+        can_call = remote is not None and remote.is_available()
+        leases = self._modes.begin_decode(batch_size, can_call=can_call)
+        mode = WAS if leases is None else CAS
+        self._last = _Begun(now, mode, batch_size, self._stall_seconds())
+        if remote is None or leases is None:
+            result = original(scheduler, batch, *args, **kw)
+        else:
+            remote.begin_step(leases, batch_size)
+            try:
+                result = original(scheduler, batch, *args, **kw)
+            finally:
+                remote.end_step()
+        can_call = remote is not None and remote.is_available()  # not after a silence
+        self._modes.end_decode(batch_size, mode, can_call=can_call)
+        return result
+
+    def _stall_seconds(self) -> float:
+        return self._pool.prefetcher.counters.stall_seconds
+
+    def _observe(self, now: float, *, is_next: bool) -> None:
+        """A decode step lasts until the next one begins, if that follows at once."""
+        last = self._last
+        if last is None or not is_next:
+            return
+        seconds = now - last.at
+        weight = 0.1 if self._step_seconds else 1.0
+        self._step_seconds += weight * (seconds - self._step_seconds)
+        stall = self._stall_seconds() - last.stall
+        self._modes.observe(last.mode, last.batch_size, seconds, stall)
+
+    def _publish(self, result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
+        running = len(scheduler.running_batch.reqs)
+        stats = scheduler.pool_stats_observer.get_pool_stats()
+        self.state = RankState(
+            rank=self.state.rank,
+            number=self.state.number + 1,
+            running_batch_size=running + _being_prefilled(scheduler),
+            waiting_requests=len(scheduler.waiting_queue),
+            received=self._received(),
+            max_running_requests=int(scheduler.max_running_requests),
+            kv_capacity_tokens=int(scheduler.max_total_num_tokens),
+            kv_headroom_tokens=int(stats.full_available_size + stats.full_evictable_size),
+            step_seconds=self._step_seconds,
+            mode=self._modes.policy.mode,
+        )
+        self._control.own_batch_size = running
+        if not running:
+            self._modes.control.release()
+        self._modes.control.publish(self.state, time.monotonic())
+        return result
+
+
+def _being_prefilled(scheduler: Any) -> int:
+    """Requests that have left the queue and do not decode yet."""
+    last = scheduler.last_batch
+    return len(last.reqs) if last is not None and last.forward_mode.is_extend() else 0

@@ -1,0 +1,144 @@
+"""Transport `cuda`: ranks on NVIDIA GPUs, peer memory mapped by the driver, a stream of its own for
+copies, turns by small kernels on the owner's words.
+
+Same interface and event semantics as `shm`. What is enqueued while PyTorch captures a graph becomes
+part of the graph: the pool forks and joins the copy stream around it (`captured.py`).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+
+from sidp_sgl.kernels import tickets
+from sidp_sgl.weightpool.alignment import ALIGNMENT, align
+from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver
+from sidp_sgl.weightpool.transport.cuda.memory import PeerMemory, SharedMemory
+from sidp_sgl.weightpool.transport.cuda.streams import (
+    Copier,
+    CudaComputeStream,
+    CudaCopyStream,
+    CudaEvent,
+    Port,
+)
+from sidp_sgl.weightpool.transport.interface import Transport
+
+logger = logging.getLogger(__name__)
+_PORT_BYTES = align(8 * tickets.OWNER_WORDS)  # the owner's turns, before its blocks
+
+
+class CudaTransport(Transport):
+    """One rank on a GPU. The driver is opened at the first use, when SGLang has chosen the device.
+
+    Memory that is exported holds the owner's turns and, behind them, its blocks.
+    """
+
+    def __init__(self, open_driver: Callable[[], CudaDriver], copier: Copier | None = None) -> None:
+        self._open_driver = open_driver
+        self._copier = copier or Copier()
+        self._ports: dict[int, Port] = {}
+        self._memory: SharedMemory | None = None
+        self._peers: list[PeerMemory] = []
+        self._closed = False
+
+    @cached_property
+    def driver(self) -> CudaDriver:
+        return self._open_driver()
+
+    @cached_property
+    def compute_stream(self) -> CudaComputeStream:  # type: ignore[override]
+        return CudaComputeStream(self.driver)
+
+    @cached_property
+    def copy_stream(self) -> CudaCopyStream:  # type: ignore[override]
+        return CudaCopyStream(self.driver, self._ports, self._copier)
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        assert self._memory is None, "a transport allocates once"
+        self._memory = SharedMemory(self.driver, _PORT_BYTES + num_bytes)
+        tickets.reset(_port_words(self._memory.data))
+        return self._memory.data[_PORT_BYTES:]
+
+    def empty(self, num_bytes: int) -> torch.Tensor:
+        memory = self.driver.empty(num_bytes)
+        # PyTorch may have reused memory that its own stream still works on; the copy stream does
+        # not wait for that.
+        self.driver.synchronize()
+        return memory
+
+    def export(self) -> list[int]:
+        assert self._memory is not None, "allocate first"
+        self.driver.synchronize()  # peers read the blocks without any further word
+        return self._memory.file_descriptors()
+
+    def connect(self, owner: int, file_descriptors: Sequence[int]) -> torch.Tensor:
+        peer = PeerMemory(self.driver, owner, list(file_descriptors))
+        self._peers.append(peer)
+        if peer.has_atomics:
+            if not self._ports:
+                self._load_turn_kernels()
+            # 256 bytes each, so that kernels compiled for one owner's words take every owner's.
+            reader_words = self.empty(ALIGNMENT).zero_().view(torch.int64)
+            self.driver.synchronize()  # the copy stream reads them, PyTorch's has zeroed them
+            self._ports[owner] = Port(_port_words(peer.data), reader_words)
+        else:
+            logger.warning(
+                "GPU %d has no atomic operations on the memory of DP rank %d: its blocks are "
+                "fetched without taking turns",
+                self.driver.device,
+                owner,
+            )
+        return peer.data[_PORT_BYTES:]
+
+    def _load_turn_kernels(self) -> None:
+        """Compile and load them now, at an owner of their own: while a turn is held others wait."""
+        owner = self.empty(_PORT_BYTES).view(torch.int64)
+        tickets.reset(owner)
+        port = Port(owner, self.empty(ALIGNMENT).zero_().view(torch.int64))
+        port.take_turn()
+        port.end_turn()
+        self.driver.synchronize()
+
+    def event(self) -> CudaEvent:
+        return CudaEvent(self.driver)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self._memory.num_bytes if self._memory is not None else 0
+
+    def is_capturing(self) -> bool:
+        return self.driver.is_capturing(self.driver.current_stream())
+
+    def synchronize(self) -> None:
+        self.driver.synchronize()
+
+    def skipped_turns(self) -> int:
+        """Fetches that went on without a turn; waits for the device."""
+        return sum(port.skipped_turns() for port in self._ports.values())
+
+    def close(self) -> None:
+        if self._closed or (self._memory is None and not self._peers):
+            return
+        self._closed = True
+        # Unmapping memory that is still in use is a fault of the device; then rather leave it to
+        # the end of the process.
+        try:
+            is_unused = self.copy_stream.close()
+            if is_unused:
+                self.driver.synchronize()
+        except RuntimeError:
+            logger.exception(
+                "work on GPU %d has failed; its memory stays mapped", self.driver.device
+            )
+            return
+        if is_unused:
+            for peer in self._peers:
+                peer.close()
+            if self._memory is not None:
+                self._memory.close()
+
+
+def _port_words(memory: torch.Tensor) -> torch.Tensor:
+    """The turns at the beginning of an owner's memory."""
+    return memory[: 8 * tickets.OWNER_WORDS].view(torch.int64)

@@ -1,0 +1,39 @@
+"""Which transport and which calls serve a rank's device."""
+
+from sidp_sgl.weightpool.cas.calls import Calls
+from sidp_sgl.weightpool.cas.staging import Staging
+from sidp_sgl.weightpool.transport.interface import Transport
+from sidp_sgl.weightpool.transport.shm.calls import ShmCalls
+from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
+
+PACED_SLICE = 16 << 20  # bytes; a fraction of a millisecond on the links of a GPU
+
+
+def make_transport(device: str, link_bytes_per_second: float | None) -> Transport:
+    """For ranks on `device`, 'cpu' or 'cuda'; the rate paces every owner's link (cpu) or every
+    reader's fetches (cuda), or is None."""
+    if device != "cuda":
+        return ShmTransport(link_bytes_per_second)
+    # Not above: Triton and the driver are asked for on GPUs only.
+    from sidp_sgl.weightpool.transport.cuda.libcuda import LibCuda
+    from sidp_sgl.weightpool.transport.cuda.streams import Copier
+    from sidp_sgl.weightpool.transport.cuda.transport import CudaTransport
+
+    rate = link_bytes_per_second
+    copier = Copier() if rate is None else Copier(bytes_per_second=rate, slice_bytes=PACED_SLICE)
+    return CudaTransport(LibCuda, copier)
+
+
+def make_calls(
+    transport: Transport, rank: int, num_ranks: int, staging: Staging, graphs: bool
+) -> Calls:
+    """Calls between ranks whose blocks `transport` shares; after `transport.allocate`. `graphs`:
+    whether CUDA graphs may be made, on GPUs."""
+    sizes = staging.inbox_bytes, staging.results_bytes
+    if isinstance(transport, ShmTransport):
+        return ShmCalls(rank, num_ranks, *sizes)
+    from sidp_sgl.weightpool.transport.cuda.calls import CudaCalls
+    from sidp_sgl.weightpool.transport.cuda.transport import CudaTransport
+
+    assert isinstance(transport, CudaTransport)
+    return CudaCalls(transport.driver, rank, num_ranks, *sizes, graphs=graphs)

@@ -1,0 +1,38 @@
+"""Remote calls between CPU ranks: rows and results in shared memory."""
+
+import os
+from collections.abc import Sequence
+
+from sidp_sgl.weightpool.cas.mailbox import WordCalls
+from sidp_sgl.weightpool.transport.shm import memory as shm_memory
+
+
+class ShmCalls(WordCalls):
+    """One CPU rank's end. `inbox_bytes` for the rows of all others, `results_bytes` for its own."""
+
+    def __init__(self, rank: int, num_ranks: int, inbox_bytes: int, results_bytes: int) -> None:
+        super().__init__(rank, num_ranks)
+        self._own_memory = [
+            shm_memory.create("sidp-inbox", inbox_bytes),
+            shm_memory.create("sidp-results", results_bytes),
+        ]
+        inbox, results = (shm_memory.map_tensor(fd, writable=True) for fd in self._own_memory)
+        self.inbox, self.results = inbox[:inbox_bytes], results[:results_bytes]
+
+    def export(self) -> list[int]:
+        return [*self._own_memory, *self._own.file_descriptors]
+
+    def connect(self, peer: int, file_descriptors: Sequence[int]) -> None:
+        inbox, results = (shm_memory.map_tensor(fd, writable=True) for fd in file_descriptors[:2])
+        for fd in file_descriptors[:2]:
+            os.close(fd)  # the mappings have their own
+        self._add_peer(peer, file_descriptors[2:], inbox, results)
+
+    def _tell(self, peer: int, index: int, number: int) -> None:
+        self._bells[peer].words[index] = number
+
+    def close(self) -> None:
+        super().close()
+        for fd in self._own_memory:
+            os.close(fd)
+        self._own_memory = []

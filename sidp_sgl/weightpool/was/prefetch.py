@@ -1,0 +1,176 @@
+"""The prefetcher: keeps a rank's slots filled ahead of the compute, across the end of the step.
+
+A slot's life: free → fetching → ready → in use → free. The host only decides what is enqueued;
+that a slot is not overwritten in use, nor read before it is ready, is ensured by events.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from sidp_sgl.weightpool.schedule import FetchSchedule
+from sidp_sgl.weightpool.transport.interface import Event, PeerBlock, Transport
+from sidp_sgl.weightpool.was.captured import CapturedStep, StepPlan, plan_step
+
+
+@dataclass
+class Slot:
+    """Memory for one fetched block at a time."""
+
+    memory: torch.Tensor  # [num_bytes] uint8
+    ready: Event
+    released: Event
+    layer: int | None = None  # what it holds or is being filled with
+    free: bool = True  # the host may enqueue the next fetch
+
+
+@dataclass
+class FetchCounters:
+    """What was fetched and what it cost."""
+
+    fetches: int = 0
+    bytes: int = 0
+    stall_seconds: float = 0.0  # time that the compute waited for a fetch
+    resyncs: int = 0  # layers asked for out of order, e.g. after a step that was cut short
+    replays: int = 0  # steps that were CUDA graphs
+
+
+class Prefetcher:
+    """Fetches the blocks of one rank's schedule. Used by one thread."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        schedule: FetchSchedule,
+        blocks: Mapping[int, PeerBlock],
+        slot_bytes: int,
+        *,
+        ticketed: bool,
+    ) -> None:
+        self.counters = FetchCounters()
+        self._transport = transport
+        self._schedule = schedule
+        self._blocks = blocks
+        self._ticketed = ticketed
+        self._next = 0  # position in schedule.order of the next fetch
+        self._is_replayed = False  # whether the latest step was a graph
+        self.slots = [
+            Slot(
+                transport.empty(slot_bytes),
+                transport.event(),
+                transport.event(),
+            )
+            for _ in range(schedule.num_slots)
+        ]
+
+    def slot_of(self, layer: int) -> Slot:
+        return self.slots[self._schedule.slot_of[layer]]
+
+    def start(self) -> None:
+        """Begin to fill the slots."""
+        self._fill()
+
+    def capture(self) -> CapturedStep:
+        """What enqueues one step's fetches into a graph instead; the state here stays as it is."""
+        slots = {
+            layer: self.slot_of(layer).memory[: self._blocks[layer].data.numel()]
+            for layer in self._schedule.order
+        }
+        return CapturedStep(
+            self._transport, self._schedule, self._blocks, slots, ticketed=self._ticketed
+        )
+
+    @cached_property
+    def _plan(self) -> StepPlan:
+        return plan_step(self._schedule)
+
+    @cached_property
+    def _replayed_bytes(self) -> int:
+        """Fetched by one captured step."""
+        order = () if self._schedule.resident else self._schedule.order
+        return sum(self._blocks[layer].data.numel() for layer in order)
+
+    def begin_replay(self) -> None:
+        """A captured step is about to be launched on the compute stream. After the first of them
+        in a row there is nothing to do, whatever the number of layers."""
+        if not self._is_replayed:
+            self._is_replayed = True
+            self._prepare_replays()
+        self.counters.replays += 1
+        if self._replayed_bytes:
+            self.counters.fetches += len(self._schedule.order)
+            self.counters.bytes += self._replayed_bytes
+
+    def _prepare_replays(self) -> None:
+        """Let the slots hold what a captured step begins with, once the compute stream is here."""
+        entry = self._plan.entry
+        if any(self.slots[slot].layer != layer for slot, layer in entry.items()):
+            self._restart_at(self._schedule.order[0])
+        assert all(self.slots[slot].layer == layer for slot, layer in entry.items())
+        for number, slot in enumerate(self.slots):
+            self._transport.compute_stream.wait(slot.ready)
+            slot.layer = entry.get(number)
+
+    def _end_replays(self) -> None:
+        """Go on from where the latest replayed step ends, once the compute stream gets there."""
+        if not self._is_replayed:
+            return
+        self._is_replayed = False
+        self._next = self._plan.next_position
+        for slot in self.slots:
+            slot.free = slot.layer is None
+            self._transport.compute_stream.record(slot.released)
+            self._transport.compute_stream.record(slot.ready)
+        self._fill()
+
+    def acquire(self, layer: int) -> None:
+        """The compute stream may read the slot of `layer` once this returns (or, on a GPU, once
+        its stream gets here)."""
+        self._end_replays()
+        slot = self.slot_of(layer)
+        if slot.layer != layer:
+            self._restart_at(layer)
+        started = time.perf_counter()
+        self._transport.compute_stream.wait(slot.ready)
+        self.counters.stall_seconds += time.perf_counter() - started
+
+    def release(self, layer: int) -> None:
+        """The compute stream is through with `layer`: its slot takes the next fetch."""
+        if self._schedule.resident:
+            return
+        slot = self.slot_of(layer)
+        self._transport.compute_stream.record(slot.released)
+        slot.free = True
+        self._fill()
+
+    def _fill(self) -> None:
+        order = self._schedule.order
+        while order and self.slot_of(order[self._next]).free:
+            self._fetch(order[self._next])
+            self._next = (self._next + 1) % len(order)
+
+    def _fetch(self, layer: int) -> None:
+        slot, block, stream = self.slot_of(layer), self._blocks[layer], self._transport.copy_stream
+        slot.layer, slot.free = layer, False
+        stream.wait(slot.released)
+        if self._ticketed:
+            stream.take_turn(block)
+        stream.copy(slot.memory[: block.data.numel()], block)
+        if self._ticketed:
+            stream.end_turn(block)
+        stream.record(slot.ready)
+        self.counters.fetches += 1
+        self.counters.bytes += block.data.numel()
+
+    def _restart_at(self, layer: int) -> None:
+        """Drop what was prefetched and start anew with `layer`. Nothing is in use now; copies
+        under way finish first, since the copy stream is in order."""
+        self.counters.resyncs += 1
+        for slot in self.slots:
+            self._transport.compute_stream.record(slot.released)
+            slot.free, slot.layer = True, None
+        self._next = self._schedule.restart_position(layer)
+        self._fill()

@@ -1,0 +1,227 @@
+"""The guard of an engine: one failure ends everything, and everybody learns why."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sidp_sgl.errors import SidpError
+from sidp_sgl.scheduler.lifecycle.guard import Guard
+from sidp_sgl.scheduler.lifecycle.janitor import MARK, find_processes
+from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
+
+REPORT = """
+import sys
+from sidp_sgl.scheduler.lifecycle.liveness import Exited, Failed, Lifeline, Pooled
+Lifeline(sys.argv[1]).send({})
+"""
+
+
+class Engine:
+    """A guard with two processes of its own, and what it has announced."""
+
+    def __init__(self) -> None:
+        self.children_before = psutil.Process().children()  # a resource tracker of other tests
+        self.announced: list[str] = []
+        self.guard = Guard(uuid.uuid4().hex, lambda failure: self.announced.append(str(failure)))
+        self.processes = [self.start("the DP controller"), self.start("the detokenizer")]
+
+    def start(self, name: str) -> BaseProcess:
+        context = multiprocessing.get_context("spawn")
+        with self.guard.spawning():
+            process = context.Process(target=time.sleep, args=(300,))
+            process.start()
+        self.guard.watch(process, name)
+        return process
+
+    def report(self, message: str) -> None:
+        """From another process, as a rank would."""
+        subprocess.run([sys.executable, "-c", REPORT.format(message), self.guard.group], check=True)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    running = Engine()
+    yield running
+    running.guard.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_nothing_left(engine: Engine) -> None:
+    assert not find_processes(engine.guard.group)
+    assert not engine.guard.directory.exists()
+    # No zombie, and no resource tracker where there was none before.
+    assert psutil.Process().children(recursive=True) == engine.children_before
+
+
+def test_a_killed_process_is_named_and_nothing_is_left(engine: Engine) -> None:
+    pid = engine.processes[0].pid
+    os.kill(pid or 0, signal.SIGKILL)
+    wait_until(lambda: bool(engine.announced))
+    assert engine.announced == [
+        f"the DP controller (pid {pid}) was killed by SIGKILL while the engine was starting; the "
+        "engine has been shut down: start it again (if memory ran out, dmesg names the process)"
+    ]
+    assert str(engine.guard.explanation()) == engine.announced[0]
+    engine.guard.close()
+    assert_nothing_left(engine)
+
+
+def test_closing_is_no_failure(engine: Engine) -> None:
+    engine.guard.close()
+    time.sleep(1.5)  # longer than the guard waits for a better reason
+    assert engine.guard.failure is None and not engine.announced
+    assert_nothing_left(engine)
+    with pytest.raises(SidpError, match="shut down"):
+        engine.guard.raise_if_ended()
+
+
+def test_a_reason_is_better_than_an_exit(engine: Engine) -> None:
+    engine.report("Failed(1, 'no FFN')")
+    wait_until(lambda: bool(engine.announced))
+    assert engine.announced == ["DP rank 1 failed while the engine was starting: no FFN"]
+
+
+def test_the_exit_of_a_rank_is_reported_by_its_parent(engine: Engine) -> None:
+    engine.guard.is_ready = True
+    engine.report("Exited(1, 4711, -6)")
+    wait_until(lambda: bool(engine.announced))
+    assert engine.announced == [
+        "DP rank 1 (pid 4711) was killed by SIGABRT while the engine was running; the engine has "
+        "been shut down: start it again"
+    ]
+
+
+def test_ranks_may_exit_when_the_engine_drains(engine: Engine) -> None:
+    engine.guard.is_draining = lambda: True
+    engine.report("Exited(0, 4711, 0)")
+    engine.report("Exited(1, 4712, 1)")
+    wait_until(lambda: bool(engine.announced))
+    assert engine.announced[0].startswith("DP rank 1")
+
+
+def test_every_rank_must_have_a_pool(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidp_sgl.scheduler.lifecycle.guard._POOLED_SECONDS", 0.2)
+    engine.report("Pooled(0)")
+    with pytest.raises(RankFailure, match="DP rank 1 started without SiDP's hooks"):
+        engine.guard.ready(2)
+
+
+def test_ready_once_every_rank_has_its_pool(engine: Engine) -> None:
+    engine.report("Pooled(0)")
+    engine.report("Pooled(1)")
+    engine.guard.ready(2)
+    assert engine.guard.is_ready and engine.guard.failure is None
+
+
+def test_marks_are_for_the_engine_only(engine: Engine) -> None:
+    assert MARK not in os.environ
+    assert multiprocessing.current_process()._config["semprefix"] == "/mp"  # type: ignore[attr-defined]
+    pids = {process.pid for process in engine.processes}
+    wait_until(lambda: set(find_processes(engine.guard.group)) == pids)
+
+
+def test_ctrl_c_is_for_the_main_process(engine: Engine) -> None:
+    for process in engine.processes:
+        os.kill(process.pid or 0, signal.SIGINT)
+    time.sleep(0.5)
+    assert all(process.is_alive() for process in engine.processes)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())  # its own signals still come
+
+
+def test_two_engines_do_not_meet(engine: Engine) -> None:
+    other = Engine()
+    engine.guard.close()
+    assert all(process.is_alive() for process in other.processes)
+    assert other.guard.failure is None
+    other.guard.close()
+    assert_nothing_left(engine)
+
+
+def test_semaphores_of_killed_processes_go(engine: Engine) -> None:
+    context = multiprocessing.get_context("spawn")
+    with engine.guard.spawning():
+        process = context.Process(target=_hold_semaphore)
+        process.start()
+    engine.guard.watch(process, "a rank")
+    semaphores = Path("/dev/shm")
+    wait_until(lambda: bool(list(semaphores.glob(f"sem.sidp-{engine.guard.group}-*"))))
+    engine.guard.close()
+    assert not list(semaphores.glob(f"*{engine.guard.group}*"))
+
+
+def _hold_semaphore() -> None:
+    with multiprocessing.get_context("spawn").RLock():
+        time.sleep(300)
+
+
+async def _forever() -> None:
+    await asyncio.Event().wait()
+
+
+async def _stubborn() -> None:
+    """Swallows its first cancellation, as `asyncio.wait_for` of Python 3.11 may."""
+    try:
+        await _forever()
+    except asyncio.CancelledError:
+        await _forever()
+
+
+@pytest.mark.parametrize("wait", [_forever, _stubborn])
+def test_whoever_waits_gets_the_failure(engine: Engine, wait: Callable) -> None:
+    async def call() -> None:
+        await asyncio.wait_for(engine.guard.unless_failed(wait), 30.0)
+
+    async def calls() -> list[object]:
+        engine.processes[1].kill()
+        return await asyncio.gather(call(), call(), return_exceptions=True)
+
+    results = asyncio.run(calls())
+    assert [type(result) for result in results] == [RankFailure, RankFailure]
+    assert "the detokenizer" in str(results[0])
+    with pytest.raises(RankFailure):
+        asyncio.run(engine.guard.unless_failed(_forever))  # later calls fail at once
+    assert_nothing_left(engine)
+
+
+def test_results_and_cancellations_pass_through(engine: Engine) -> None:
+    async def answer() -> int:
+        return 42
+
+    async def check() -> None:
+        assert await engine.guard.unless_failed(answer) == 42
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.guard.unless_failed(_forever), 0.05)
+        async with asyncio.timeout(5):
+            await engine.guard.unless_failed(answer)
+
+    asyncio.run(check())
+
+
+def test_a_converted_cancellation_leaves_the_task_as_it_was(engine: Engine) -> None:
+    async def check() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        engine.guard.fail("DP rank 0 failed", ": test")
+        with pytest.raises(RankFailure):
+            await engine.guard.unless_failed(_forever)
+        await asyncio.sleep(0.5)  # would raise if a cancellation were still on its way
+        assert task.cancelling() == 0
+
+    asyncio.run(check())

@@ -1,0 +1,224 @@
+"""Units found by structure, and the placeholders that stand for them."""
+
+import pytest
+import torch
+from sglang.srt.layers.linear import LinearBase, RowParallelLinear
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.radix_attention import RadixAttention
+from torch import nn
+
+from sidp_sgl.errors import SidpError
+from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
+from sidp_sgl.sglang_hooks.model import placeholders
+from sidp_sgl.sglang_hooks.model.units import Unit, find_units, pooled_unit
+
+HIDDEN, WIDE = 8, 24
+
+
+class Linear(LinearBase):
+    """SGLang's class without the set-up of a distributed engine."""
+
+    def __init__(self, input_size: int, output_size: int) -> None:
+        nn.Module.__init__(self)
+        self.input_size, self.output_size = input_size, output_size
+        self.params_dtype, self.skip_bias_add = torch.float32, False
+        weight = torch.arange(output_size * input_size).view(output_size, input_size) % 7 - 3.0
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return rows @ self.weight.t(), None
+
+
+class RowLinear(RowParallelLinear):
+    __init__ = Linear.__init__  # type: ignore[assignment]
+    forward = Linear.forward  # type: ignore[assignment]
+
+
+class Ffn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = Linear(HIDDEN, 2 * WIDE), RowLinear(WIDE, HIDDEN)
+
+    def forward(self, rows: torch.Tensor, forward_batch: object = None) -> torch.Tensor:
+        gate, up = self.gate_up_proj(rows)[0].chunk(2, dim=-1)
+        return self.down_proj(gate.relu() * up)[0]
+
+
+class Attention(RadixAttention):
+    __init__ = nn.Module.__init__
+
+
+class Experts(FusedMoE):
+    __init__ = nn.Module.__init__
+
+
+def module(**children: nn.Module) -> nn.Module:
+    result = nn.Module()
+    for name, child in children.items():
+        result.add_module(name, child)
+    return result
+
+
+def attention() -> nn.Module:
+    return module(
+        qkv_proj=Linear(HIDDEN, 2 * HIDDEN),
+        q_norm=nn.LayerNorm(HIDDEN),
+        attn=Attention(),
+        o_proj=RowLinear(HIDDEN, HIDDEN),
+    )
+
+
+def ffn() -> nn.Module:
+    return Ffn()
+
+
+def decoder_layer(**more: nn.Module) -> nn.Module:
+    norm = nn.LayerNorm(HIDDEN)
+    return module(self_attn=attention(), mlp=ffn(), input_layernorm=norm, **more)
+
+
+def test_ffn_pools_the_ffn_only() -> None:
+    layer = decoder_layer()
+    (unit,) = find_units(layer, 0, "ffn")
+    assert unit.name == "mlp"
+    assert unit.module is layer.mlp
+
+
+def test_linear_pools_the_projections_in_the_order_of_the_forward_pass() -> None:
+    names = [unit.name for unit in find_units(decoder_layer(), 0, "linear")]
+    assert names == ["self_attn.qkv_proj", "self_attn.o_proj", "mlp"]
+
+
+def test_the_names_of_modules_do_not_matter() -> None:
+    layer = module(attention=attention(), feed_forward=ffn())
+    assert [unit.name for unit in find_units(layer, 0, "ffn")] == ["feed_forward"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (decoder_layer(experts=Experts()), "layer 3 .* mixture of experts"),
+        (decoder_layer(second_mlp=ffn()), "1 attention and 2 FFN"),
+        (module(self_attn=attention()), "1 attention and 0 FFN"),
+        (module(mlp=ffn()), "0 attention and 1 FFN"),
+        (
+            module(
+                self_attn=attention(),
+                mlp=module(up_proj=Linear(HIDDEN, WIDE), down_proj=RowLinear(WIDE, 2 * HIDDEN)),
+            ),
+            "0 FFN",
+        ),
+    ],
+    ids=["experts", "two FFNs", "no FFN", "no attention", "another width"],
+)
+def test_other_layers_are_refused_in_one_line(layer: nn.Module, reason: str) -> None:
+    with pytest.raises(SidpError, match=reason) as raised:
+        find_units(layer, 3, "ffn")
+    assert "\n" not in str(raised.value)
+
+
+def weight_with_attributes(layer: nn.Module) -> nn.Parameter:
+    weight = layer.mlp.down_proj.weight
+    weight.weight_loader = lambda parameter, loaded: None
+    weight.input_dim = 1
+    weight.output_dim = 0
+    return weight
+
+
+NAME = "mlp.down_proj.weight"
+
+
+def test_a_placeholder_keeps_shape_and_attributes_and_no_memory() -> None:
+    layer = decoder_layer()
+    old = weight_with_attributes(layer)
+    placeholders.make_placeholder(layer, NAME)
+    new = dict(layer.named_parameters())[NAME]
+    assert new is not old
+    assert new.is_meta
+    assert (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
+    assert (new.input_dim, new.output_dim, new.requires_grad) == (1, 0, False)
+
+
+@pytest.mark.parametrize("has_loader", [True, False])
+def test_a_placeholder_refuses_to_be_loaded(has_loader: bool) -> None:
+    layer = decoder_layer()
+    if has_loader:
+        weight_with_attributes(layer)
+    placeholders.make_placeholder(layer, NAME)
+    parameter = layer.get_parameter(NAME)
+    with pytest.raises(RuntimeError, match=r"mlp\.down_proj\.weight of a layer owned by another"):
+        parameter.weight_loader(parameter, torch.zeros(HIDDEN, WIDE))
+
+
+def test_a_view_of_the_pool_keeps_attributes_and_counts_no_memory() -> None:
+    layer = decoder_layer()
+    weight_with_attributes(layer)
+    before = cpu_memory.resident_bytes(layer)
+    placeholders.make_placeholder(layer, NAME)
+    slot = torch.arange(HIDDEN * WIDE, dtype=torch.float32).view(HIDDEN, WIDE)
+    placeholders.view_pool(layer, NAME, slot)
+    new = layer.get_parameter(NAME)
+    assert new.data_ptr() == slot.data_ptr(), "a view, not a copy"
+    assert (new.input_dim, new.output_dim, new.sidp_pooled) == (1, 0, True)
+    assert before - cpu_memory.resident_bytes(layer) == HIDDEN * WIDE * 4
+
+
+def test_tensors_are_named_within_the_layer_in_a_fixed_order() -> None:
+    pairs = [(unit.name, unit.module) for unit in find_units(decoder_layer(), 0, "linear")]
+    assert [name for name, _ in placeholders.named_tensors(pairs)] == [
+        "self_attn.qkv_proj.weight",
+        "self_attn.o_proj.weight",
+        "mlp.gate_up_proj.weight",
+        "mlp.down_proj.weight",
+    ]
+
+
+def rows_of(width: int, num_rows: int = 3) -> torch.Tensor:
+    return torch.arange(num_rows * width).view(num_rows, width) % 5 - 2.0
+
+
+def test_an_ffn_computed_elsewhere_gives_what_its_forward_gives() -> None:
+    (unit,) = find_units(decoder_layer(), 0, "ffn")
+    pooled = pooled_unit(unit, 5, 2, is_last=True)
+    assert (pooled.number, pooled.layer, pooled.is_last) == (5, 2, True)
+    assert (pooled.in_width, pooled.out_width, pooled.dtype) == (HIDDEN, HIDDEN, torch.float32)
+    assert pooled.row_bytes == (HIDDEN * 4, HIDDEN * 4)
+    rows = rows_of(HIDDEN)
+    expected = unit.module(rows, object())
+    assert expected.any()
+    assert torch.equal(pooled.forward(rows, object()), expected)
+    assert torch.equal(pooled.pack(pooled.compute(rows)), expected)
+
+
+def test_projections_computed_elsewhere_give_what_their_forwards_give() -> None:
+    units = find_units(decoder_layer(), 0, "linear")[:2]
+    for unit, widths in zip(units, [(HIDDEN, 2 * HIDDEN), (HIDDEN, HIDDEN)], strict=True):
+        pooled = pooled_unit(unit, 0, 0, is_last=False)
+        assert (pooled.in_width, pooled.out_width) == widths
+        rows = rows_of(widths[0])
+        expected, bias = unit.module(rows)
+        result = pooled.pack(pooled.compute(rows))
+        assert torch.equal(result[0], expected) and expected.any()
+        assert result[1] is bias is None
+
+
+def test_a_units_own_forward_is_kept_when_the_modules_is_wrapped() -> None:
+    (unit,) = find_units(decoder_layer(), 0, "ffn")
+    pooled = pooled_unit(unit, 0, 0, is_last=True)
+    expected = unit.module(rows_of(HIDDEN))
+    unit.module.forward = lambda *_: pytest.fail("the wrapper was called")  # type: ignore[assignment]
+    assert torch.equal(pooled.compute(rows_of(HIDDEN)), expected)
+    assert torch.equal(pooled.forward(rows_of(HIDDEN)), expected)
+
+
+def test_a_projection_that_leaves_its_bias_to_its_caller_is_refused() -> None:
+    linear = Linear(HIDDEN, HIDDEN)
+    linear.skip_bias_add = True
+    with pytest.raises(
+        SidpError, match=r"self_attn\.o_proj of layer 3 .* use --sidp-pool ffn"
+    ) as e:
+        pooled_unit(Unit("self_attn.o_proj", linear), 0, 3, is_last=False)
+    assert "\n" not in str(e.value)
+    ffn_with_one = ffn()
+    ffn_with_one.down_proj.skip_bias_add = True  # its own module's business
+    pooled_unit(Unit("mlp", ffn_with_one), 0, 3, is_last=True)

@@ -1,0 +1,245 @@
+"""Every step of a scheduler, on stand-ins for SGLang's: its mode, its cost, its state."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
+from sidp_sgl.scheduler.modes.step_modes import StepModes
+from sidp_sgl.scheduler.modes.times import StepTimes
+from sidp_sgl.scheduler.state import RankState
+from sidp_sgl.sglang_hooks.step import modes as modes_module
+from sidp_sgl.sglang_hooks.step.modes import ModeHooks
+
+LEASES = {0: 8, 2: 0}
+
+
+class Times(StepTimes):
+    """Remembers what it was told of."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0, {1: 1.0})
+        self.observed: list[tuple[str, int, float, float]] = []
+
+    def observe(self, mode: str, batch_size: int, seconds: float, stall_seconds: float) -> None:
+        self.observed.append((mode, batch_size, seconds, stall_seconds))
+
+
+class Rank:
+    """One rank's hooks, and all that happens around them; `events` in the order they came."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, has_remote: bool = True) -> None:
+        self.now = 100.0
+        self.events: list[Any] = []
+        self.grants = True
+        self.is_available = True
+        self.counters = SimpleNamespace(stall_seconds=0.0)
+        pool = SimpleNamespace(rank=1, prefetcher=SimpleNamespace(counters=self.counters))
+        self.modes = StepModes(ModePolicy("cas"), self, 64)  # type: ignore[arg-type]
+        self.times = self.modes.times = Times()
+        self.control = SimpleNamespace(modes=self.modes, own_batch_size=0)
+        self.remote = SimpleNamespace(
+            is_available=lambda: self.is_available,
+            begin_step=lambda leases, rows: self.events.append(("begin", leases, rows)),
+            end_step=lambda: self.events.append("end"),
+        )
+        execution = SimpleNamespace(remote=self.remote if has_remote else None)
+        self.hooks = ModeHooks(self.control, pool, execution)  # type: ignore[arg-type]
+        self.scheduler = SimpleNamespace(
+            _sched_idled=False,
+            running_batch=SimpleNamespace(reqs=[]),
+            last_batch=None,
+            waiting_queue=[],
+            max_running_requests=64,
+            max_total_num_tokens=1600,
+            pool_stats_observer=SimpleNamespace(
+                get_pool_stats=lambda: SimpleNamespace(
+                    full_available_size=700, full_evictable_size=100
+                )
+            ),
+        )
+        clock = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now)
+        monkeypatch.setattr(modes_module, "time", clock)
+
+    # As the modes see the control plane.
+
+    def leases(self, rows: int, seconds: float) -> Mapping[int, int] | None:
+        self.events.append(("leases", rows))
+        return LEASES if self.grants else None
+
+    def ask(self, rows: int) -> None:
+        self.events.append(("ask", rows))
+
+    def release(self) -> None:
+        self.events.append("release")
+
+    def publish(self, state: RankState, now: float) -> None:
+        self.events.append(("publish", state, now))
+
+    # As SGLang's event loop goes.
+
+    def step(
+        self, batch_size: int, *, is_decode: bool = True, seconds: float = 1.0, stall: float = 0.0
+    ) -> Any:
+        """A forward pass of so many seconds, `stall` of them waiting for fetches."""
+
+        def forward(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            assert scheduler is self.scheduler
+            self.events.append("forward")
+            self.now += seconds
+            self.counters.stall_seconds += stall
+            return batch, args, kwargs
+
+        self.batch = SimpleNamespace(
+            forward_mode=SimpleNamespace(is_decode=lambda: is_decode),
+            batch_size=lambda: batch_size,
+        )
+        result = self.hooks._run_batch(forward, self.scheduler, self.batch, "proxy", last=2)
+        self.scheduler._sched_idled = False
+        return result
+
+    def idle(self, seconds: float) -> None:
+        self.now += seconds
+        self.scheduler._sched_idled = True
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
+    return Rank(monkeypatch)
+
+
+def test_a_prefill_streams_weights_and_asks_nobody(rank: Rank) -> None:
+    rank.step(4, is_decode=False)
+    assert rank.events == ["forward"]
+    assert rank.modes.steps == {WAS: 1, CAS: 0}
+
+
+def test_a_decode_step_with_leases_sends_its_rows(rank: Rank) -> None:
+    assert rank.step(4) == (rank.batch, ("proxy",), {"last": 2})
+    assert rank.events == [("leases", 4), ("begin", LEASES, 4), "forward", "end", ("ask", 8)]
+    assert rank.modes.steps == {WAS: 0, CAS: 1}
+
+
+def test_a_decode_step_without_leases_streams_weights(rank: Rank) -> None:
+    rank.grants = False
+    assert rank.step(4) == (rank.batch, ("proxy",), {"last": 2})
+    assert rank.events == [("leases", 4), "forward", ("ask", 8)]
+    assert rank.modes.steps == {WAS: 1, CAS: 0}
+
+
+def test_nobody_is_asked_while_an_answer_is_missing(rank: Rank) -> None:
+    rank.is_available = False
+    rank.step(4)
+    assert ("leases", 4) not in rank.events
+    assert rank.modes.steps == {WAS: 1, CAS: 0}
+    rank.is_available = True
+    rank.step(4)
+    assert rank.modes.steps == {WAS: 1, CAS: 1}
+
+
+def test_without_remote_calls_every_step_streams_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = Rank(monkeypatch, has_remote=False)
+    rank.step(4)
+    assert ("leases", 4) not in rank.events
+    assert rank.modes.steps == {WAS: 1, CAS: 0}
+
+
+def test_a_step_that_raises_ends_its_calls(rank: Rank) -> None:
+    def forward(*_: Any, **__: Any) -> None:
+        rank.events.append("forward")
+        raise RuntimeError("out of memory")
+
+    batch = SimpleNamespace(
+        forward_mode=SimpleNamespace(is_decode=lambda: True), batch_size=lambda: 4
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rank.hooks._run_batch(forward, rank.scheduler, batch)
+    assert rank.events == [("leases", 4), ("begin", LEASES, 4), "forward", "end"]
+
+
+def test_a_decode_step_lasts_until_the_next_one_begins(rank: Rank) -> None:
+    rank.counters.stall_seconds = 5.0
+    rank.step(4, seconds=0.5, stall=0.25)
+    rank.now += 0.125  # the scheduler's own part
+    assert rank.times.observed == []
+    rank.grants = False
+    rank.step(6, seconds=2.0)
+    assert rank.times.observed == [(CAS, 4, 0.625, 0.25)]
+    rank.step(6)
+    assert rank.times.observed[1:] == [(WAS, 6, 2.0, 0.0)]
+
+
+def test_a_step_after_which_the_rank_was_idle_is_not_observed(rank: Rank) -> None:
+    rank.step(4)
+    rank.idle(60.0)
+    rank.step(5)
+    assert rank.times.observed == []
+    rank.step(5)
+    assert rank.times.observed == [(CAS, 5, 1.0, 0.0)]
+
+
+def test_a_step_that_a_prefill_follows_is_not_observed(rank: Rank) -> None:
+    rank.step(4)
+    rank.step(100, is_decode=False)
+    rank.step(5)
+    assert rank.times.observed == []
+
+
+def test_steps_go_on_where_nothing_was_measured(rank: Rank) -> None:
+    rank.modes.times = None
+    rank.step(4)
+    rank.step(4)
+    assert rank.modes.steps == {WAS: 0, CAS: 2}
+
+
+def published(rank: Rank) -> tuple[RankState, float]:
+    assert rank.hooks._publish("requests", rank.scheduler) == "requests", "SGLang's own result"
+    (_, state, now), *more = [event for event in rank.events if event[0] == "publish"]
+    assert not more
+    rank.events.clear()
+    return state, now
+
+
+def test_the_state_is_published_with_the_schedulers_figures(rank: Rank) -> None:
+    rank.scheduler.running_batch.reqs = [object()] * 3
+    rank.scheduler.waiting_queue = [object()] * 2
+    state, now = published(rank)
+    assert state == RankState(1, 1, 3, 2, 0, 64, 1600, 800, 0.0, "cas")
+    assert now == 100.0
+    assert rank.control.own_batch_size == 3
+    assert rank.hooks.state == state
+    assert published(rank)[0].number == 2
+
+
+def test_the_state_tells_what_a_recent_step_took(rank: Rank) -> None:
+    rank.scheduler.running_batch.reqs = [object()]
+    for seconds in (0.5, 0.5, 0.5):
+        rank.step(4, seconds=seconds)
+    assert published(rank)[0].step_seconds == pytest.approx(0.5), "from the first one on"
+    rank.step(4, seconds=1.5)
+    rank.step(4)
+    assert 0.5 < published(rank)[0].step_seconds < 0.8
+
+
+def test_leases_are_given_back_when_nothing_runs_any_more(rank: Rank) -> None:
+    rank.scheduler.running_batch.reqs = [object()]
+    rank.hooks._publish(None, rank.scheduler)
+    assert "release" not in rank.events
+    rank.scheduler.running_batch.reqs = []
+    rank.hooks._publish(None, rank.scheduler)
+    assert "release" in rank.events
+    assert rank.control.own_batch_size == 0
+
+
+@pytest.mark.parametrize("has_remote", [True, False])
+def test_step_times_are_measured_where_rows_can_be_sent(
+    has_remote: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = Rank(monkeypatch, has_remote=has_remote)
+    rank.modes.times = None
+    measured = Times()
+    monkeypatch.setattr(modes_module, "calibrate", lambda *_: measured)
+    rank.hooks._calibrate(None, rank.scheduler, "server args", port_args=None)
+    assert rank.modes.times is (measured if has_remote else None)
