@@ -7,6 +7,7 @@ from typing import Any
 
 from bench import dispatch_overhead, growth, methods, peers
 from bench.figures import LABELS
+from bench.prefetch_order import order_name
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -111,7 +112,7 @@ def prefetch_order(results: dict[str, Any]) -> Table:
             str(row["num_ranks"]),
             f"{row['fetch']:g}",
             f"{row['jitter']:.0%}",
-            row["prefetch_order"],
+            order_name(row),
             str(row["num_slots"]),
             ranged(row["measured"]),
             f"{row['model']['with_noise']:.2f}",

@@ -7,6 +7,7 @@ models or GPUs. Nothing is tuned for any figure.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 from bench.paper_jobs import (
     GPUS,
@@ -41,9 +42,9 @@ class Anchor:
 
 
 def _deployment(
-    machine: str, model: str, gpu: str, kind: str, tp: int, dp: int, order: str = "ticketed"
+    machine: str, model: str, gpu: str, kind: str, tp: int, dp: int, **fetches: Any
 ) -> Deployment:
-    node = Node(load_model(model), MACHINES[machine](gpu), tp * dp, order=order)
+    node = Node(load_model(model), MACHINES[machine](gpu), tp * dp, **fetches)
     return Deployment(node, kind, tp, dp, "auto" if kind == SIDP else "")
 
 
@@ -65,14 +66,18 @@ def kv_tokens(machine: str) -> list[float]:
     return [8 * _deployment(machine, m, "H20", SIDP, 1, 8).kv_tokens() / 1e6 for m in models]
 
 
+def _fetches(order: str, dp: int) -> dict[str, Any]:
+    """As the paper has it: one slot less than ranks, and nobody waits for a turn."""
+    return {"order": order, "turns": False, "slots": dp - 1}
+
+
 def peak_shifting(dp: int, jitter: float) -> Callable[[str], list[float]]:
     """Fig. 10: a step in layer order over one in shifted order, layer by layer; d - 1 slots."""
 
     def values(machine: str) -> list[float]:
         seconds = []
         for order in ("sequential", "shifted"):
-            group = _deployment(machine, "Qwen3-32B", "H20", SIDP, 1, dp, order)
-            group = replace(group, node=replace(group.node, slots=dp - 1))
+            group = _deployment(machine, "Qwen3-32B", "H20", SIDP, 1, dp, **_fetches(order, dp))
             work = Work.decode(group.batch(1024), 1024)
             seconds.append(layered_step(group, work, jitter).slowest_rank)
         return [seconds[0] / seconds[1]]

@@ -22,12 +22,10 @@ from typing import Any
 import torch
 
 from bench.record import record, spread
-from sidp_sgl.config import SidpConfig
 from sidp_sgl.planner.event_model import Setting, relative_step_time
 from sidp_sgl.weightpool.layout import make_layout
-from sidp_sgl.weightpool.placement import owners
+from sidp_sgl.weightpool.placement import DEFAULT_SLOTS, Placement
 from sidp_sgl.weightpool.pool import WeightPool
-from sidp_sgl.weightpool.schedule import DEFAULT_SLOTS
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
 
 BLOCK_BYTES = 64 * 1024  # small, so that copying it takes no time; the paced link does
@@ -38,8 +36,11 @@ BUSY = 0.25  # of τ: a run whose sleeps were late by more (p99) says nothing an
 MAX_TRIES = 3
 TOLERANCE = 0.03  # of the ideal step time: what counts as equally good
 
+# Order of the fetches, and whether readers take turns at an owner.
+IN_ORDER, SHIFTED, IN_TURNS = ("sequential", False), ("shifted", False), ("sequential", True)
+
 # The figures that the design started from: (ranks, f/τ) → step time over the ideal with in
-# order d−1 slots, shifted d−1 slots, ticketed 2 slots, ticketed 3 slots.
+# order d−1 slots, shifted d−1 slots, in turns 2 slots, in turns 3 slots.
 SEEDS = {
     (4, 0.5): (1.00, 1.25, 1.00, 1.00),
     (4, 0.9): (1.31, 1.79, 1.00, 1.00),
@@ -56,27 +57,29 @@ def seeds_figure(setting: Setting) -> float | None:
     if setting.jitter:
         return SEEDS_WITH_JITTER.get((num_ranks, fetch, setting.num_slots))
     columns = [
-        ("sequential", num_ranks - 1),
-        ("shifted", num_ranks - 1),
-        ("ticketed", 2),
-        ("ticketed", 3),
+        (*IN_ORDER, num_ranks - 1),
+        (*SHIFTED, num_ranks - 1),
+        (*IN_TURNS, 2),
+        (*IN_TURNS, 3),
     ]
     figures = dict(zip(columns, SEEDS[num_ranks, fetch], strict=True))
-    return figures.get((setting.prefetch_order, setting.num_slots))
+    return figures.get((setting.order, setting.turns, setting.num_slots))
 
 
 def plan(num_layers: int, quick: bool) -> list[Setting]:
     settings = []
     for num_ranks in (4, 8):
         cycle = num_ranks - 1
-        orders = [("sequential", cycle), ("shifted", cycle), ("ticketed", 2), ("ticketed", 3)]
+        choices = [(IN_ORDER, cycle), (SHIFTED, cycle), (IN_TURNS, 2), (IN_TURNS, 3)]
         if not quick:
-            orders += [("ticketed", 1)] + [("sequential", 3)] * (cycle > 3)
+            choices += [(IN_TURNS, 1)] + [(IN_ORDER, 3)] * (cycle > 3)
         for fetch in FETCHES:
-            settings += [Setting(num_ranks, num_layers, *order, fetch) for order in orders]
+            settings += [
+                Setting(num_ranks, num_layers, slots, fetch, *order) for order, slots in choices
+            ]
             if fetch >= 0.9 and not quick:
                 settings += [
-                    Setting(num_ranks, num_layers, "ticketed", slots, fetch, jitter=0.1)
+                    Setting(num_ranks, num_layers, slots, fetch, *IN_TURNS, jitter=0.1)
                     for slots in (2, 3)
                 ]
     return settings
@@ -84,18 +87,18 @@ def plan(num_layers: int, quick: bool) -> list[Setting]:
 
 def connected_pools(setting: Setting, tau: float) -> list[WeightPool]:
     """The group's pools, blocks filled and ranks connected, not started."""
-    layer_owners = owners(setting.num_layers, setting.num_ranks, setting.placement)
+    placement = Placement.of(
+        [BLOCK_BYTES] * setting.num_layers,
+        setting.num_ranks,
+        setting.num_slots,
+        setting.placement,
+    )
     rate = BLOCK_BYTES / (setting.fetch * tau)
     layout = make_layout([("weight", torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="meta"))])
     pools = []
     for rank in range(setting.num_ranks):
         pool = WeightPool(
-            ShmTransport(rate),
-            rank,
-            setting.num_ranks,
-            layer_owners,
-            setting.prefetch_order,
-            setting.num_slots,
+            ShmTransport(rate), rank, placement, setting.order, takes_turns=setting.turns
         )
         pool.own({layer: layout for layer in range(setting.num_layers) if pool.owns(layer)})
         pools.append(pool)
@@ -211,7 +214,7 @@ def modelled(setting: Setting, warm_up: int, num_steps: int, seed: int) -> dict[
     }
 
 
-Choice = tuple[str, int]  # order, slots
+Choice = tuple[str, bool, int]  # order, turns, slots
 
 
 def good_choices(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, float, float], set[Choice]]:
@@ -219,7 +222,7 @@ def good_choices(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, float, float
     groups: dict[tuple[int, float, float], dict[Choice, float]] = {}
     for row in rows:
         group = groups.setdefault((row["num_ranks"], row["fetch"], row["jitter"]), {})
-        group[row["prefetch_order"], row["num_slots"]] = row["measured"]["median"]
+        group[row["order"], row["turns"], row["num_slots"]] = row["measured"]["median"]
     return {
         key: {choice for choice, time in group.items() if time <= min(group.values()) + TOLERANCE}
         for key, group in groups.items()
@@ -230,10 +233,16 @@ def best_choices(good: dict[tuple[int, float, float], set[Choice]]) -> list[dict
     """All choices, those first that are good in the most settings, then those with fewer slots."""
     choices = set().union(*good.values())
     counts = {choice: sum(choice in group for group in good.values()) for choice in choices}
-    ordered = sorted(choices, key=lambda choice: (-counts[choice], choice[1]))
+    ordered = sorted(choices, key=lambda choice: (-counts[choice], choice[2]))
     return [
-        {"order": order, "slots": slots, "good_in": counts[order, slots], "settings": len(good)}
-        for order, slots in ordered
+        {
+            "order": order,
+            "turns": turns,
+            "slots": slots,
+            "good_in": counts[order, turns, slots],
+            "settings": len(good),
+        }
+        for order, turns, slots in ordered
     ]
 
 
@@ -243,12 +252,16 @@ Model: with noise; in lock-step, all ranks and the slowest. Seeds: the table in 
  d  f/τ  jitter order      slots  measured            slowest   noise  lock slowest   seeds"""
 
 
+def order_name(row: dict[str, Any]) -> str:
+    return "in turns" if row["turns"] else row["order"]
+
+
 def table_row(row: dict[str, Any]) -> str:
     measured, model = row["measured"], row["model"]
     seeds = "" if row["seeds"] is None else f"{row['seeds']:.2f}"
     return (
         f"{row['num_ranks']:>2}  {row['fetch']:<4} {'10 %' if row['jitter'] else '':>6} "
-        f"{row['prefetch_order']:<10} {row['num_slots']:>5}  {measured['median']:.2f} "
+        f"{order_name(row):<10} {row['num_slots']:>5}  {measured['median']:.2f} "
         f"({measured['min']:.2f}–{measured['max']:.2f})  {row['measured_slowest_rank']:>9.2f}  "
         f"{model['with_noise']:>6.2f} {model['lockstep']:>5.2f} "
         f"{model['lockstep_slowest_rank']:>7.2f}  {seeds:>6}"
@@ -296,7 +309,7 @@ def main() -> None:
         print(table_row(row))
     print(f"within {TOLERANCE} of the best, by number of settings (all {len(good)} is best):")
     for choice in best[:4]:
-        print(f"  {choice['order']}, {choice['slots']} slots: {choice['good_in']}")
+        print(f"  {order_name(choice)}, {choice['slots']} slots: {choice['good_in']}")
     path = record(
         "prefetch_order_quick" if args.quick else "prefetch_order",
         {
@@ -307,10 +320,7 @@ def main() -> None:
             "measured_steps": num_steps,
             "tau_ms": args.tau_ms,
             "block_bytes": BLOCK_BYTES,
-            "default": {
-                "order": SidpConfig().sidp_prefetch_order,
-                "slots": DEFAULT_SLOTS,
-            },
+            "default": {"order": "sequential", "turns": True, "slots": DEFAULT_SLOTS},
             "tolerance": TOLERANCE,
             "choices": best,
             "rows": rows,

@@ -20,19 +20,19 @@ from typing import Any
 import torch
 
 from bench.record import record
-from sidp_sgl.weightpool.cas.calls import Call, Outcome
-from sidp_sgl.weightpool.cas.requester import RemoteUnits
-from sidp_sgl.weightpool.cas.service import ComputeService
+from sidp_sgl.weightpool.cas.mailbox import Call, Outcome
+from sidp_sgl.weightpool.cas.requester import Requester
+from sidp_sgl.weightpool.cas.service import Service
 from sidp_sgl.weightpool.cas.staging import Staging, make_staging
-from sidp_sgl.weightpool.cas.unit import PooledUnit
-from sidp_sgl.weightpool.transport.shm.calls import ShmCalls
+from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
+from sidp_sgl.weightpool.transport.shm.mailbox import ShmMailbox
 
 HIDDEN, INTERMEDIATE = 128, 512
 PARTS = ("write rows", "wake owner", "compute", "wake requester", "read result")
 SITUATIONS = ("owner idle", "owner computes", "all cores busy")
 
 
-class TimedCalls(ShmCalls):
+class TimedCalls(ShmMailbox):
     """Calls that note when each came to which point, in monotonic nanoseconds."""
 
     def __init__(self, *args: Any) -> None:
@@ -66,7 +66,8 @@ def ffn_unit() -> PooledUnit:
         gate, value = torch.nn.functional.linear(rows, up).chunk(2, dim=-1)
         return torch.nn.functional.linear(torch.nn.functional.silu(gate) * value, down)
 
-    return PooledUnit(0, 0, True, HIDDEN, HIDDEN, torch.bfloat16, compute, compute, lambda r: r)
+    row = RowType(HIDDEN, torch.bfloat16)
+    return PooledUnit(0, 0, True, (row,), row, compute, compute)
 
 
 def on_core(index: int) -> None:
@@ -80,7 +81,7 @@ def spin() -> None:
     unit, rows = ffn_unit(), torch.randn(8, HIDDEN, dtype=torch.bfloat16)
     with torch.inference_mode():
         while True:
-            unit.compute(rows)
+            unit.partial(rows)
 
 
 def own_owner(pipe: Connection, staging: Staging, computes: bool, switch_interval: float) -> None:
@@ -89,7 +90,7 @@ def own_owner(pipe: Connection, staging: Staging, computes: bool, switch_interva
     calls = TimedCalls(1, 2, staging.inbox_bytes, staging.results_bytes)
     pipe.send([DupFd(fd) for fd in calls.export()])
     calls.connect(0, [fd.detach() for fd in pipe.recv()])
-    ComputeService(calls, {0: ffn_unit()}).start()
+    Service(calls, {0: ffn_unit()}).start()
     if computes:
         threading.Thread(target=spin, daemon=True).start()
     pipe.send("ready")
@@ -126,25 +127,25 @@ def measure(situation: str, num_rows: int, args: argparse.Namespace) -> dict[str
         assert pipe.recv() == "ready"
         if len(processes) > 1:
             time.sleep(8.0)  # until they have imported and spin
-        return _round_trips(calls, RemoteUnits(calls, staging), pipe, num_rows, args.calls)
+        return _round_trips(calls, Requester(calls, staging), pipe, num_rows, args.calls)
     finally:
         for process in processes:
             process.kill()
 
 
 def _round_trips(
-    calls: TimedCalls, remote: RemoteUnits, pipe: Connection, num_rows: int, count: int
+    calls: TimedCalls, requester: Requester, pipe: Connection, num_rows: int, count: int
 ) -> dict[str, list[float]]:
     unit, rows = ffn_unit(), torch.randn(num_rows, HIDDEN, dtype=torch.bfloat16)
     begun, ended, local = [], [], []
-    remote.begin_step({1: 0}, num_rows)
+    requester.begin_step({1: 0}, num_rows)
     with torch.inference_mode():
         for _ in range(count):
             time.sleep(0.0005)  # attention and the like, between two units
             begun.append(time.monotonic_ns())
-            assert remote.call(1, unit, rows) is not None
+            assert requester.call([1], unit, [rows]) is not None
             ended.append(time.monotonic_ns())
-            unit.compute(rows)
+            unit.partial(rows)
             local.append(time.monotonic_ns() - ended[-1])
     pipe.send(None)
     got, done = pipe.recv()

@@ -8,7 +8,6 @@ from sidp_sgl.errors import SidpUsageError
 POOLS = ("ffn", "linear")
 MODES = ("auto", "was", "cas")
 PLACEMENTS = ("interleaved", "contiguous")
-PREFETCH_ORDERS = ("sequential", "shifted", "ticketed")
 OWN_DISPATCH = "sidp"  # value of --load-balance-method
 
 
@@ -54,15 +53,10 @@ class SidpConfig:
     sidp_cache_slots: int | None = field(
         default=None,
         metadata=_flag(
-            "Slots per rank, each for one fetched layer "
-            "(default: 3; for the shifted order one per layer of a cycle).",
+            "Slots per rank, each for one fetched layer (default: 3).",
             type=int,
             metavar="N",
         ),
-    )
-    sidp_prefetch_order: str = field(
-        default="ticketed",
-        metadata=_flag("Order of the fetches.", choices=PREFETCH_ORDERS),
     )
     sidp_link_gbps: float | None = field(
         default=None,

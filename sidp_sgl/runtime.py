@@ -5,7 +5,7 @@ platform's own hooks.
 """
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,12 @@ from sidp_sgl.sglang_hooks.status.metrics import MetricsHooks
 from sidp_sgl.sglang_hooks.status.status import StatusHooks
 from sidp_sgl.sglang_hooks.status.updates import UpdateHooks
 from sidp_sgl.sglang_hooks.step.modes import ModeHooks
-from sidp_sgl.weightpool.cas.compute_group import ComputeGroup, no_counters
+from sidp_sgl.weightpool.cas.endpoint import CasEndpoint, no_counters
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, capacity_rows, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
-from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.pool import WeightPool
-from sidp_sgl.weightpool.schedule import default_slots
-from sidp_sgl.weightpool.transport.devices import make_calls, make_transport
+from sidp_sgl.weightpool.transport.devices import make_mailbox, make_transport
 
 CPU_PLATFORM = "sidp_cpu"
 
@@ -104,31 +102,32 @@ class Rank:
         # Units are captured before SGLang replaces its GEMMs by batch-invariant ones.
         self.graphs = has_graphs and not get_exec().deterministic.enable_deterministic_inference
         self.model_config = model_config_of(server_args)
-        layer_owners = owners(
-            self.model_config.num_hidden_layers, self.dp_size, config.sidp_placement
+        planned = refusals.planned_placement(
+            config, self.model_config.num_hidden_layers, self.dp_size
         )
-        order = config.sidp_prefetch_order
         rate = None if config.sidp_link_gbps is None else config.sidp_link_gbps * 1e9
         self.pool = WeightPool(
-            transport=make_transport(self.device, rate),
-            rank=self.dp_rank,
-            num_ranks=self.dp_size,
-            owners=layer_owners,
-            prefetch_order=order,
-            num_slots=config.sidp_cache_slots or default_slots(layer_owners, self.dp_size, order),
+            make_transport(self.device, rate),
+            self.dp_rank,
+            replace(planned, blocks=()),  # they come as the model is built
         )
         self.control = RankControl(
             config,
             self.dp_rank,
             self.dp_size,
-            layer_owners,
+            planned.asked(self.dp_rank),
             directory,
             capacity_rows(self.dp_size),
             ROWS_PER_RANK,
         )
-        self.cas: ComputeGroup | None = None
+        self.cas: CasEndpoint | None = None
         self.execution = UnitExecution(self.pool)
-        self.offloader = PoolOffloader(self.pool, config.sidp_pool, self._meet_peers)
+        self.offloader = PoolOffloader(
+            self.pool,
+            config.sidp_pool,
+            self._meet_peers,
+            loads_in_place=not self.model_config.quantization,
+        )
         self.reader = CheckpointReader(self.offloader.is_placeholder)
         self.waiting = WaitingRequests(self.dp_rank, self.control.thread, directory)
         self.modes = ModeHooks(
@@ -159,24 +158,25 @@ class Rank:
         descriptors = self.pool.transport.export()
         num_pool = len(descriptors)
         if self.config.sidp_mode != "was":
-            self.cas = self._compute_group(units)
-            descriptors = descriptors + self.cas.calls.export()
+            self.cas = self._cas_endpoint(units)
+            descriptors = descriptors + self.cas.mailbox.export()
         own = Offer(self.dp_rank, self.fingerprint(), self.pool.offer(), descriptors)
         for rank, offer in exchange(self.config.group, own, self.dp_size).items():
             theirs = offer.file_descriptors
             self.pool.connect(rank, offer.content, theirs[:num_pool])
             if self.cas is not None:
-                self.cas.calls.connect(rank, theirs[num_pool:])
+                self.cas.mailbox.connect(rank, theirs[num_pool:])
         if self.cas is not None:
             self.cas.service.start()
-            self.execution.remote = self.cas.remote
+            self.execution.requester = self.cas.requester
         return self.execution
 
-    def _compute_group(self, units: list[PooledUnit]) -> ComputeGroup:
+    def _cas_endpoint(self, units: list[PooledUnit]) -> CasEndpoint:
         staging = make_staging((unit.row_bytes for unit in units), self.dp_size)
-        calls = make_calls(self.pool.transport, self.dp_rank, self.dp_size, staging, self.graphs)
-        owned = [unit for unit in units if self.pool.owns(unit.layer)]
-        return ComputeGroup(calls, staging, owned, self.control.share.add)
+        transport = self.pool.transport
+        mailbox = make_mailbox(transport, self.dp_rank, self.dp_size, staging, self.graphs)
+        owned = [unit for unit in units if self.pool.owns(unit.block)]
+        return CasEndpoint(mailbox, staging, owned, self.control.share.add)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal on all ranks of a group."""
@@ -185,26 +185,25 @@ class Rank:
             "config": self.config.as_dict(),
             "model": self.model_config.hf_config.to_json_string(),
             "dtype": str(self.model_config.dtype),
-            "owners": list(self.pool.owners),
+            "owners": [self.pool.owners(block) for block in range(len(self.pool.placement.blocks))],
         }
 
     def status(self) -> dict[str, Any]:
         """The pool's and the modes' part of the `sidp` dictionary; sizes in bytes."""
         pool = self.pool
-        sizes = pool.bytes()
+        placement = pool.placement
         return {
             "enabled": True,
             "dp_rank": self.dp_rank,
             "dp_size": self.dp_size,
             "pool": self.config.sidp_pool,
             "placement": self.config.sidp_placement,
-            "prefetch_order": self.config.sidp_prefetch_order,
-            "owned_layers": [layer for layer in range(len(pool.owners)) if pool.owns(layer)],
-            "pooled_bytes": sizes.pooled_bytes,
-            "owned_bytes": sizes.owned_bytes,
+            "owned_layers": self.offloader.owned_layers(),
+            "pooled_bytes": placement.pooled_bytes,
+            "owned_bytes": placement.owned_bytes(self.dp_rank),
             "replicated_bytes": cpu_memory.replicated_bytes(),
-            "cache_slots": len(pool.prefetcher.slots),
-            "cache_bytes": sizes.cache_bytes,
+            "cache_slots": placement.slots(self.dp_rank),
+            "cache_bytes": placement.cache_bytes(self.dp_rank),
             "staging_bytes": self.execution.staging_bytes,
             "checkpoint_bytes_read": self.reader.bytes_read,
             "placeholders_unmaterialised": self.offloader.unmaterialised,

@@ -21,8 +21,9 @@ def prefetch_setting(deployment: Deployment, work: Work, jitter: float = 0.0) ->
     return Setting(
         num_ranks=deployment.dp,
         num_layers=shape.num_layers,
-        prefetch_order=pooling.order,
-        num_slots=pooling.num_slots(shape.num_layers),
+        order=pooling.order,
+        turns=pooling.turns,
+        num_slots=max(map(group.placement.slots, range(pooling.num_ranks))),
         fetch=group.block_seconds(0) / layer_seconds,
         jitter=jitter,
         start_spread=shape.num_layers if jitter else 0.0,

@@ -16,16 +16,12 @@ from sidp_sgl.planner.deployment import (
     Node,
 )
 from sidp_sgl.planner.weights import Split, check_split
-from sidp_sgl.weightpool.placement import owners
-from sidp_sgl.weightpool.schedule import default_slots
 
 
 def deployments(node: Node, tp: int | None = None, dp: int | None = None) -> Iterator[Deployment]:
     """All that can be compared on the node, in the order of growing oddity; `tp` and `dp` narrow
     them down. Raises SidpUsageError where nothing is left."""
     splits = _splits(node, tp, dp)
-    for _, data in splits:
-        _check_slots(node, data)
     for tensor, data in splits:
         yield Deployment(node, REPLICAS, tensor, data)
     shared = [(tensor, data) for tensor, data in splits if data > 1]
@@ -64,16 +60,3 @@ def _divides(node: Node, split: Split) -> bool:
     except SidpUsageError:
         return False
     return True
-
-
-def _check_slots(node: Node, dp: int) -> None:
-    """The shifted order holds a whole cycle of layers."""
-    if dp == 1 or node.slots is None or node.order != "shifted":
-        return
-    layer_owners = owners(node.shape.num_layers, dp, node.placement)
-    needed = default_slots(layer_owners, dp, node.order)
-    if node.slots < needed:
-        raise SidpUsageError(
-            f"--slots {node.slots} is too few for --prefetch-order shifted at DP{dp}: use {needed} "
-            "or more, or leave it out"
-        )

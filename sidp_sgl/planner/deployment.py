@@ -30,8 +30,9 @@ class Node:
     kv_dtype: str = "bf16"
     pool: str = "ffn"
     slots: int | None = None
-    order: str = "ticketed"
     placement: str = "interleaved"
+    order: str = "sequential"
+    turns: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Deployment:
     def group(self) -> GroupTimes:
         """Of SiDP's ranks; defined for dp > 1."""
         node = self.node
-        pooling = Pooling(self.dp, node.pool, node.placement, node.order, node.slots)
+        pooling = Pooling(self.dp, node.pool, node.placement, node.slots, node.order, node.turns)
         return GroupTimes(self.rank, pooling)
 
     @cached_property
@@ -94,13 +95,13 @@ class Deployment:
             return RankMemory(*device, weights - pooled, pooled, -(-pooled // self.dp), gathered)
         if self.kind != SIDP:
             return RankMemory(*device, replicated_bytes=weights)
-        blocks = self.group.blocks
+        placement, ranks = self.group.placement, range(self.dp)
         return RankMemory(
             *device,
-            replicated_bytes=max(0, weights - sum(blocks)),
-            pooled_bytes=sum(blocks),
-            owned_bytes=max(self.group.owned_bytes()),
-            cache_bytes=self.group.pooling.num_slots(len(blocks)) * max(blocks),
+            replicated_bytes=max(0, weights - placement.pooled_bytes),
+            pooled_bytes=placement.pooled_bytes,
+            owned_bytes=max(map(placement.owned_bytes, ranks)),
+            cache_bytes=max(map(placement.cache_bytes, ranks)),
             staging_bytes=0 if self.mode == "was" else self._staging_bytes(),
         )
 

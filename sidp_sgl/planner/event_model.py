@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
-from sidp_sgl.weightpool.placement import owners
+from sidp_sgl.weightpool.placement import Placement
 from sidp_sgl.weightpool.schedule import FetchSchedule, make_schedule
 
 _EPSILON = 1e-9
@@ -26,9 +26,10 @@ class Setting:
 
     num_ranks: int
     num_layers: int
-    prefetch_order: str
     num_slots: int
     fetch: float
+    order: str = "sequential"
+    turns: bool = True  # an owner serves one reader at a time, first come, first served
     jitter: float = 0.0
     start_spread: float = 0.0
     placement: str = "interleaved"
@@ -86,14 +87,14 @@ class _Group:
         self._setting = setting
         self._num_steps = num_steps
         self._dice = dice
-        self._ticketed = setting.prefetch_order == "ticketed"
-        self._owners = owners(setting.num_layers, setting.num_ranks, setting.placement)
+        placement = Placement.of(
+            [1] * setting.num_layers, setting.num_ranks, setting.num_slots, setting.placement
+        )
+        self._owners = [placement.owners(layer)[0] for layer in range(setting.num_layers)]
         self._readers: list[list[_Rank]] = [[] for _ in range(setting.num_ranks)]  # by arrival
         self._ranks = []
         for rank in range(setting.num_ranks):
-            schedule = make_schedule(
-                self._owners, rank, setting.num_ranks, setting.prefetch_order, setting.num_slots
-            )
+            schedule = make_schedule(placement, rank, setting.order)
             slots = schedule.num_slots
             self._ranks.append(_Rank(schedule, [None] * slots, [True] * slots))
 
@@ -128,7 +129,7 @@ class _Group:
         if rank.fetching is None:
             return 0.0
         readers = self._readers[self._owners[rank.fetching]]
-        if self._ticketed:
+        if self._setting.turns:
             return 1.0 if readers[0] is rank else 0.0
         return 1.0 / len(readers)
 
@@ -166,7 +167,7 @@ class _Group:
     def _end_compute(self, rank: _Rank, now: float) -> None:
         rank.compute_end = _NEVER
         slot = rank.schedule.slot_of.get(rank.layer)
-        if slot is not None and not rank.schedule.resident:
+        if slot is not None and not rank.schedule.keeps_all:
             rank.free[slot] = True
         rank.layer += 1
         if rank.layer == 0:

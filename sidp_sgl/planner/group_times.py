@@ -15,29 +15,20 @@ from sidp_sgl.planner.weights import block_bytes
 from sidp_sgl.scheduler.modes.policy import AUTO, CAS, WAS
 from sidp_sgl.scheduler.modes.times import streams
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
-from sidp_sgl.weightpool.placement import owners
-from sidp_sgl.weightpool.schedule import default_slots
+from sidp_sgl.weightpool.placement import Placement
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """How the group pools; the same words as the flags."""
+    """How the group pools; the same words as the flags. `order` and `turns` of the fetches are the
+    engine's own, but where others are compared with it."""
 
     num_ranks: int
     pool: str = "ffn"
     placement: str = "interleaved"
-    order: str = "ticketed"
-    slots: int | None = None  # the default of the order
-
-    def owners(self, num_layers: int) -> list[int]:
-        return owners(num_layers, self.num_ranks, self.placement)
-
-    def num_slots(self, num_layers: int) -> int:
-        """Slots of a rank; never more than it has layers to fetch."""
-        layer_owners = self.owners(num_layers)
-        slots = self.slots or default_slots(layer_owners, self.num_ranks, self.order)
-        fewest = min(layer_owners.count(rank) for rank in range(self.num_ranks))
-        return min(slots, num_layers - fewest)
+    slots: int | None = None  # the default
+    order: str = "sequential"
+    turns: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,12 +48,11 @@ class GroupTimes:
         }
         return [kinds[shape.is_moe(layer)] for layer in range(shape.num_layers)]
 
-    def owned_bytes(self) -> list[int]:
-        """Bytes of the blocks that each rank owns, on one GPU."""
-        owned = [0] * self.pooling.num_ranks
-        for owner, block in zip(self.pooling.owners(len(self.blocks)), self.blocks, strict=True):
-            owned[owner] += block
-        return owned
+    @cached_property
+    def placement(self) -> Placement:
+        """Of these blocks."""
+        pooling = self.pooling
+        return Placement.of(self.blocks, pooling.num_ranks, pooling.slots, pooling.placement)
 
     def block_seconds(self, layer: int) -> float:
         """One fetch, at the full rate of the owner's link."""
@@ -72,19 +62,25 @@ class GroupTimes:
     @cached_property
     def fetch_seconds(self) -> float:
         """All fetches of a step: what a rank takes in, or an owner gives out to all others."""
-        num_layers, num_ranks = len(self.blocks), self.pooling.num_ranks
-        if self.pooling.num_slots(num_layers) >= num_layers - num_layers // num_ranks:
-            return 0.0  # every layer keeps its slot
-        own = [0.0] * num_ranks
-        for layer, owner in enumerate(self.pooling.owners(num_layers)):
-            own[owner] += self.block_seconds(layer)
-        return max(sum(own) - min(own), (num_ranks - 1) * max(own))
+        placement = self.placement
+        ranks = range(placement.num_ranks)
+        if all(map(placement.keeps_all, ranks)):
+            return 0.0
+        own = [sum(map(self.block_seconds, placement.owned(rank))) for rank in ranks]
+        return max(sum(own) - min(own), (placement.num_ranks - 1) * max(own))
 
     @cached_property
     def _prefetch(self) -> Prefetch:
-        pooling, num_layers = self.pooling, len(self.blocks)
-        num_slots = pooling.num_slots(num_layers)
-        return Prefetch(pooling.num_ranks, num_layers, pooling.order, num_slots, pooling.placement)
+        pooling, placement = self.pooling, self.placement
+        slots = max(map(placement.slots, range(placement.num_ranks)))
+        return Prefetch(
+            placement.num_ranks,
+            len(self.blocks),
+            slots,
+            pooling.order,
+            pooling.turns,
+            pooling.placement,
+        )
 
     def was_seconds(self, work: Work) -> float:
         """A step that streams weights: its compute or its fetches, and what the order costs."""
@@ -108,9 +104,7 @@ class GroupTimes:
         differ, `active_ranks` is all their rows over this rank's.
         """
         active = self.pooling.num_ranks if active_ranks is None else active_ranks
-        num_layers = len(self.blocks)
-        owned = min(self.pooling.owners(num_layers).count(r) for r in range(self.pooling.num_ranks))
-        remote_share = 1 - owned / num_layers
+        remote_share = self.placement.most_slots / len(self.blocks)
         layers = sum(
             count * self._cas_layer_seconds(layer, work, active, remote_share)
             for layer, count in self.rank.shape.layer_kinds().items()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sidp_sgl.config import PLACEMENTS, POOLS, PREFETCH_ORDERS
+from sidp_sgl.config import PLACEMENTS, POOLS
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.deployment import Node
 from sidp_sgl.planner.gpus import GPUS, Gpu, find_gpu, read_gpu, with_figures
@@ -52,7 +52,6 @@ def plan_of(args: argparse.Namespace) -> Plan:
         kv_dtype=args.kv_dtype,
         pool=args.pool,
         slots=args.slots,
-        order=args.prefetch_order,
         placement=args.placement,
     )
     return make_plan(node, Workload(args.input_len, args.output_len), args.tp, args.dp)
@@ -106,8 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output-len", type=_count, default=1024, metavar="N", help="tokens (default 1024)")
     add("--mem-fraction", type=float, default=0.9, metavar="X", help="as SGLang's (default 0.9)")
     add("--pool", choices=POOLS, default="ffn", help="as --sidp-pool (default ffn)")
-    add("--slots", type=_count, metavar="N", help="as --sidp-cache-slots (default: by order)")
-    add("--prefetch-order", choices=PREFETCH_ORDERS, default="ticketed", help="(default ticketed)")
+    add("--slots", type=_count, metavar="N", help="as --sidp-cache-slots (default 3)")
     add("--placement", choices=PLACEMENTS, default="interleaved", help="(default interleaved)")
     add("--dtype", choices=DTYPES, help="of the linear layers (default: the config's)")
     add("--kv-dtype", choices=DTYPES, default="bf16", help="of keys and values (default bf16)")

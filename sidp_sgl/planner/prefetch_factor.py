@@ -22,8 +22,9 @@ class Prefetch(NamedTuple):
 
     num_ranks: int
     num_layers: int
-    order: str
     num_slots: int
+    order: str
+    turns: bool
     placement: str
 
 
@@ -45,12 +46,20 @@ def _at_node(prefetch: Prefetch, node: int) -> float:
     make a step shorter, nor does more compute."""
     if node == 0:
         return 1.0
-    num_ranks, num_layers, order, num_slots, placement = prefetch
-    num_layers = min(num_layers, max(_LAYERS, 4 * num_slots))
+    num_ranks = prefetch.num_ranks
+    num_layers = min(prefetch.num_layers, max(_LAYERS, 4 * prefetch.num_slots))
     # All fetches of a rank, (d - 1)/d of its layers, take `load` times its compute.
     fetch = LOADS[node] * num_ranks / (num_ranks - 1)
     setting = Setting(
-        num_ranks, num_layers, order, num_slots, fetch, _JITTER, num_layers, placement
+        num_ranks,
+        num_layers,
+        prefetch.num_slots,
+        fetch,
+        order=prefetch.order,
+        turns=prefetch.turns,
+        jitter=_JITTER,
+        start_spread=num_layers,
+        placement=prefetch.placement,
     )
     times = [
         relative_step_time(setting, num_steps=_STEPS, warm_up=_STEPS, seed=seed).all_ranks

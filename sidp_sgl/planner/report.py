@@ -107,7 +107,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "mem_fraction": node.mem_fraction,
         "kv_dtype": node.kv_dtype,
         "pool": node.pool,
-        "prefetch_order": node.order,
         "placement": node.placement,
         "workload": asdict(plan.workload),
         "settings": [_estimate_json(estimate) for estimate in plan.estimates],
@@ -131,7 +130,7 @@ def _estimate_json(estimate: Estimate) -> dict[str, Any]:
         "parts": asdict(part_bytes(node.shape, deployment.split)),
         "memory": asdict(deployment.memory),
         "weight_bytes": deployment.memory.weight_bytes(),
-        "slots": deployment.group.pooling.num_slots(node.shape.num_layers)
+        "slots": max(map(deployment.group.placement.slots, range(deployment.dp)))
         if estimate.is_sidp
         else 0,
         "kv_bytes_per_token": kv_bytes(node.shape, deployment.split.attention, node.kv_dtype),

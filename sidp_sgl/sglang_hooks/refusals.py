@@ -20,8 +20,7 @@ from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.cuda.refusals import check_device
 from sidp_sgl.sglang_hooks.required import Hook
-from sidp_sgl.weightpool.placement import owners
-from sidp_sgl.weightpool.schedule import default_slots, shifted_slots
+from sidp_sgl.weightpool.placement import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -142,37 +141,34 @@ def check_model(server_args: Any, config: SidpConfig) -> None:
 
 
 def check_slots(config: SidpConfig, num_layers: int, num_ranks: int) -> None:
-    """Raise SidpUsageError where --sidp-cache-slots does not fit the model and the order."""
+    """Raise SidpUsageError where --sidp-cache-slots does not fit the model."""
     slots = config.sidp_cache_slots
-    if slots is None:
-        return
-    layer_owners = owners(num_layers, num_ranks, config.sidp_placement)
-    most = num_layers - min(layer_owners.count(rank) for rank in range(num_ranks))
-    least = 1
-    if config.sidp_prefetch_order == "shifted":
-        least = max(shifted_slots(layer_owners, rank, num_ranks) for rank in range(num_ranks))
-    if not least <= slots <= most:
+    most = planned_placement(config, num_layers, num_ranks).most_slots
+    if slots is not None and slots > most:
         raise SidpUsageError(
-            f"--sidp-cache-slots {slots} is out of range: with {num_layers} layers, "
-            f"{num_ranks} ranks and the {config.sidp_prefetch_order} order use {least} to {most}"
+            f"--sidp-cache-slots {slots} is out of range: with {num_layers} layers and "
+            f"{num_ranks} ranks use 1 to {most}"
         )
 
 
 def warn_of_no_gain(config: SidpConfig, num_layers: int, num_ranks: int) -> None:
     """Say so where owned blocks and slots take as much memory as all the blocks would."""
-    layer_owners = owners(num_layers, num_ranks, config.sidp_placement)
-    slots = config.sidp_cache_slots or default_slots(
-        layer_owners, num_ranks, config.sidp_prefetch_order
-    )
-    most_owned = max(layer_owners.count(rank) for rank in range(num_ranks))
-    if most_owned + slots >= num_layers:
+    placement = planned_placement(config, num_layers, num_ranks)
+    if min(map(placement.freed_bytes, range(num_ranks))) <= 0:
+        most_owned = max(len(placement.owned(rank)) for rank in range(num_ranks))
         logger.warning(
             "--sidp frees no memory here: %d owned layers and %d slots of %d layers; "
             "use fewer --sidp-cache-slots or more ranks",
             most_owned,
-            slots,
+            placement.num_slots,
             num_layers,
         )
+
+
+def planned_placement(config: SidpConfig, num_layers: int, num_ranks: int) -> Placement:
+    """As if all blocks were alike, before their sizes are known: one byte each."""
+    kind = config.sidp_placement
+    return Placement.of([1] * num_layers, num_ranks, config.sidp_cache_slots, kind)
 
 
 def _checked(check: Callable[[Any, SidpConfig], None]) -> Callable[[Any, Callable], None]:

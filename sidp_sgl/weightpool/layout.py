@@ -1,7 +1,8 @@
-"""How a layer's pooled tensors lie in one block: fixed order, each at a multiple of 256 bytes.
+"""How a block's tensors lie in memory: fixed order, each at a multiple of 256 bytes.
 
 Shapes, strides and dtypes are exactly those that SGLang's kernels see after loading, so that one
-fetch is one contiguous copy and views are made once.
+fetch is one contiguous copy and views are made once. A block's owner makes the layout; the other
+ranks take it over from its offer.
 """
 
 from collections.abc import Iterable
@@ -21,28 +22,26 @@ class TensorSpec:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: str
+    is_parameter: bool  # else a buffer
     offset: int
     num_bytes: int
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+    def view(self, block: torch.Tensor) -> torch.Tensor:
+        """The tensor in `block` (uint8, 1-D)."""
+        piece = block[self.offset : self.offset + self.num_bytes]
+        return piece.view(getattr(torch, self.dtype)).as_strided(self.shape, self.stride)
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The tensors of one layer's block; `num_bytes` is the block's size, padded to 256."""
+    """The tensors of one block; `num_bytes` is the block's size, padded to 256."""
 
     tensors: tuple[TensorSpec, ...]
     num_bytes: int
 
     def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
         """Name → view into `block` (uint8, 1-D, at least `num_bytes` long)."""
-        views = {}
-        for spec in self.tensors:
-            piece = block[spec.offset : spec.offset + spec.num_bytes].view(spec.torch_dtype)
-            views[spec.name] = piece.as_strided(spec.shape, spec.stride)
-        return views
+        return {spec.name: spec.view(block) for spec in self.tensors}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,9 +65,16 @@ def make_layout(tensors: Iterable[tuple[str, torch.Tensor]]) -> BlockLayout:
         if tensor.numel() == 0 or not _is_dense(tensor):
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} is empty or not dense")
         num_bytes = tensor.numel() * tensor.element_size()
-        dtype = str(tensor.dtype).removeprefix("torch.")
         specs.append(
-            TensorSpec(name, tuple(tensor.shape), tensor.stride(), dtype, offset, num_bytes)
+            TensorSpec(
+                name,
+                tuple(tensor.shape),
+                tensor.stride(),
+                str(tensor.dtype).removeprefix("torch."),
+                isinstance(tensor, torch.nn.Parameter),
+                offset,
+                num_bytes,
+            )
         )
         offset = align(offset + num_bytes)
     return BlockLayout(tuple(specs), offset)

@@ -1,23 +1,140 @@
-"""Which rank owns which layer. Pure."""
+"""Who owns which block, what a rank fetches, what that frees: the arithmetic of owners and slots.
+
+Pure. A block is named by its index in the order of the forward pass.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+DEFAULT_SLOTS = 3
 
 
-def owner_of(layer: int, num_layers: int, num_ranks: int, placement: str) -> int:
-    """Owner of `layer`: `interleaved` is layer mod d; `contiguous` gives each rank one run.
+@dataclass(frozen=True)
+class Stripe:
+    """The part of a block that one owner holds: `num_bytes` from byte `offset` of the block on."""
 
-    Runs differ by at most one layer; with fewer layers than ranks the last ranks own nothing.
+    owner: int
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The blocks of one group of `num_ranks`, and the slots of a rank.
+
+    `kind`: `interleaved` gives every block to the rank that owns the fewest bytes so far, which is
+    block mod d where all blocks are alike; `contiguous` gives each rank one run, of as many blocks
+    as the others' or one more, and needs to know `num_blocks`. The owner of a block follows from
+    the blocks before it, so that a model can be placed while it is built.
     """
-    if placement == "interleaved":
-        return layer % num_ranks
-    if placement == "contiguous":
-        longer, extra = divmod(num_layers, num_ranks)
-        # The first `extra` ranks own one layer more.
-        boundary = extra * (longer + 1)
-        if layer < boundary:
-            return layer // (longer + 1)
-        return extra + (layer - boundary) // longer
-    raise ValueError(f"unknown placement {placement!r}")
+
+    num_ranks: int
+    num_slots: int = DEFAULT_SLOTS  # of a rank; no rank has more of them than blocks to fetch
+    kind: str = "interleaved"
+    num_blocks: int = 0  # that there will be
+    blocks: tuple[tuple[Stripe, ...], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        block_bytes: Iterable[int],
+        num_ranks: int,
+        num_slots: int | None = None,
+        kind: str = "interleaved",
+    ) -> "Placement":
+        """Of blocks of these sizes, each with one stripe."""
+        sizes, owned = list(block_bytes), [0] * num_ranks
+        stripes = []
+        for block, size in enumerate(sizes):
+            owner = _next_owner(kind, block, len(sizes), owned)
+            owned[owner] += size
+            stripes.append((Stripe(owner, 0, size),))
+        return cls(num_ranks, num_slots or DEFAULT_SLOTS, kind, len(sizes), tuple(stripes))
+
+    def with_block(self, num_bytes: int) -> "Placement":
+        """With one more block at the end of the forward pass, in one stripe."""
+        owned = [self.owned_bytes(rank) for rank in range(self.num_ranks)]
+        owner = _next_owner(self.kind, len(self.blocks), self.num_blocks, owned)
+        return replace(self, blocks=(*self.blocks, (Stripe(owner, 0, num_bytes),)))
+
+    def with_stripes(self, block: int, stripes: Iterable[Stripe]) -> "Placement":
+        """With other stripes of `block`; they must cover it without a gap, in order."""
+        taken, end = tuple(stripes), 0
+        for stripe in taken:
+            if stripe.offset != end:
+                raise ValueError(f"stripes of block {block} leave a gap at byte {end}")
+            end += stripe.num_bytes
+        return replace(self, blocks=(*self.blocks[:block], taken, *self.blocks[block + 1 :]))
+
+    # Of one block.
+
+    def block_bytes(self, block: int) -> int:
+        return sum(stripe.num_bytes for stripe in self.blocks[block])
+
+    def owners(self, block: int) -> tuple[int, ...]:
+        """Owner of every stripe."""
+        return tuple(stripe.owner for stripe in self.blocks[block])
+
+    def owns(self, rank: int, block: int) -> bool:
+        """Whether all of the block is the rank's."""
+        return all(stripe.owner == rank for stripe in self.blocks[block])
+
+    # Of one rank. All sizes in bytes.
+
+    def owned(self, rank: int) -> list[int]:
+        """Blocks of which the rank holds a stripe."""
+        return [block for block in range(len(self.blocks)) if rank in self.owners(block)]
+
+    def fetched(self, rank: int) -> list[int]:
+        """Blocks of which the rank lacks a stripe."""
+        return [block for block in range(len(self.blocks)) if not self.owns(rank, block)]
+
+    def asked(self, rank: int) -> list[int]:
+        """The other ranks that own something which the rank lacks."""
+        return sorted({s.owner for stripes in self.blocks for s in stripes} - {rank})
+
+    def slots(self, rank: int) -> int:
+        return min(self.num_slots, len(self.fetched(rank)))
+
+    def keeps_all(self, rank: int) -> bool:
+        """Whether every fetched block has a slot of its own: it is fetched once."""
+        return self.num_slots >= len(self.fetched(rank))
+
+    def owned_bytes(self, rank: int) -> int:
+        return sum(s.num_bytes for stripes in self.blocks for s in stripes if s.owner == rank)
+
+    def slot_bytes(self, rank: int) -> int:
+        """Of one slot: it takes any block that the rank fetches."""
+        return max((self.block_bytes(block) for block in self.fetched(rank)), default=0)
+
+    def cache_bytes(self, rank: int) -> int:
+        """Of all slots."""
+        return self.slots(rank) * self.slot_bytes(rank)
+
+    def freed_bytes(self, rank: int) -> int:
+        """Memory beside the weights that the rank has more than a full replica; may be below 0."""
+        return self.pooled_bytes - self.owned_bytes(rank) - self.cache_bytes(rank)
+
+    # Of the group.
+
+    @property
+    def pooled_bytes(self) -> int:
+        return sum(stripe.num_bytes for stripes in self.blocks for stripe in stripes)
+
+    @property
+    def most_slots(self) -> int:
+        """What the rank with the most blocks to fetch can use."""
+        return max(len(self.fetched(rank)) for rank in range(self.num_ranks))
 
 
-def owners(num_layers: int, num_ranks: int, placement: str) -> list[int]:
-    """Owner of every layer, in layer order."""
-    return [owner_of(layer, num_layers, num_ranks, placement) for layer in range(num_layers)]
+def _next_owner(kind: str, block: int, num_blocks: int, owned_bytes: list[int]) -> int:
+    """Owner of the next `block`; `owned_bytes` of every rank so far."""
+    if kind == "interleaved":
+        return owned_bytes.index(min(owned_bytes))
+    if kind == "contiguous":
+        shorter, num_longer = divmod(num_blocks, len(owned_bytes))
+        boundary = num_longer * (shorter + 1)
+        if block < boundary:
+            return block // (shorter + 1)
+        return num_longer + (block - boundary) // max(shorter, 1)
+    raise ValueError(f"unknown placement {kind!r}")

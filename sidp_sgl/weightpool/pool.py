@@ -1,89 +1,126 @@
-"""One rank's share of the pooled weights: blocks that it owns, slots for those that it fetches."""
+"""One rank's share of the pooled weights: its stripes of the blocks, slots for the others."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from sidp_sgl.weightpool.layout import BlockLayout
+from sidp_sgl.weightpool.placement import Placement, Stripe
 from sidp_sgl.weightpool.schedule import make_schedule
-from sidp_sgl.weightpool.transport.interface import PeerBlock, Transport
+from sidp_sgl.weightpool.transport.interface import PeerStripe, Transport
 from sidp_sgl.weightpool.was.captured import CapturedStep
 from sidp_sgl.weightpool.was.prefetch import Prefetcher
 
 
-@dataclass(frozen=True)
-class PoolBytes:
-    """Sizes in bytes, the same names as in the status."""
-
-    pooled_bytes: int  # all blocks of the group
-    owned_bytes: int  # this rank's blocks
-    cache_bytes: int  # this rank's slots
-
-
 @dataclass
 class WeightPool:
-    """Steps, in this order: `own`, exchange `offer` with the peers, `connect` each, `start`.
+    """Steps, in this order: `add_block` each unless `placement` has them, `own`, exchange `offer`
+    with the peers, `connect` each, `start`. From then on blocks are entered and left in order.
 
-    `owners`: owner of every layer. Layers are entered and left once per forward pass.
+    `takes_turns`: whether an owner serves one reader at a time.
     """
 
     transport: Transport
     rank: int
-    num_ranks: int
-    owners: Sequence[int]
-    prefetch_order: str
-    num_slots: int
+    placement: Placement
+    order: str = "sequential"
+    takes_turns: bool = True
     layouts: dict[int, BlockLayout] = field(default_factory=dict)
-    _owned: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
-    _blocks: dict[int, PeerBlock] = field(default_factory=dict)
+    _stripes: dict[int, list[PeerStripe]] = field(default_factory=dict)  # of each block, in order
     _prefetcher: Prefetcher | None = None
+    _whole: frozenset[int] = frozenset()  # blocks that are all here
     _entered: int | None = None
     _step: CapturedStep | None = None
     _captured: CapturedStep | None = None  # the same, while a step is captured into a CUDA graph
 
-    def owns(self, layer: int) -> bool:
-        return self.owners[layer] == self.rank
+    def add_block(self, num_bytes: int) -> int:
+        """The next block of the forward pass; returns its index."""
+        self.placement = self.placement.with_block(num_bytes)
+        return len(self.placement.blocks) - 1
 
-    def own(self, layouts: Mapping[int, BlockLayout]) -> dict[int, dict[str, torch.Tensor]]:
-        """Allocate this rank's blocks; returns layer → name → view, to be filled by the caller."""
+    def owns(self, block: int) -> bool:
+        return self.placement.owns(self.rank, block)
+
+    def owners(self, block: int) -> tuple[int, ...]:
+        """Of every stripe."""
+        return self.placement.owners(block)
+
+    def own(self, layouts: Mapping[int, BlockLayout]) -> dict[int, torch.Tensor]:
+        """Allocate this rank's stripes of the blocks that it holds part of.
+
+        Returns block → its bytes here ([num_bytes] uint8, all of the block's or one stripe after
+        the other), to be filled by the caller.
+        """
         self.layouts.update(layouts)
-        memory = self.transport.allocate(sum(layout.num_bytes for layout in layouts.values()))
-        for layer, offset in _offsets(layouts).items():
-            block = memory[offset : offset + layouts[layer].num_bytes]
-            self._owned[layer] = layouts[layer].views(block)
-        return self._owned
+        for block, layout in layouts.items():
+            self._fit(block, layout)
+        memory = self.transport.allocate(self.placement.owned_bytes(self.rank))
+        owned = {}
+        for block, (start, stripes) in self._offsets_of(self.rank).items():
+            owned[block] = memory[start : start + sum(stripe.num_bytes for stripe in stripes)]
+            self._add_stripes(block, self.rank, memory[start:], stripes)
+        return owned
+
+    def _fit(self, block: int, layout: BlockLayout) -> None:
+        """A whole block may have changed its size since it was placed, while it was loaded."""
+        if len(stripes := self.placement.blocks[block]) == 1:
+            whole = replace(stripes[0], num_bytes=layout.num_bytes)
+            self.placement = self.placement.with_stripes(block, [whole])
+
+    def _offsets_of(self, owner: int) -> dict[int, tuple[int, list[Stripe]]]:
+        """Of the blocks that `owner` holds part of: where in its memory its stripes begin."""
+        offsets, offset = {}, 0
+        for block in self.placement.owned(owner):
+            stripes = [s for s in self.placement.blocks[block] if s.owner == owner]
+            offsets[block] = offset, stripes
+            offset += sum(stripe.num_bytes for stripe in stripes)
+        return offsets
+
+    def _add_stripes(
+        self, block: int, owner: int, memory: torch.Tensor, stripes: list[Stripe]
+    ) -> None:
+        """`stripes` of `block` lie one after the other in `memory` of `owner`."""
+        known, start = self._stripes.setdefault(block, []), 0
+        for stripe in stripes:
+            data = memory[start : start + stripe.num_bytes]
+            known.append(PeerStripe(owner, data, stripe.offset))
+            start += stripe.num_bytes
+        known.sort(key=lambda stripe: stripe.offset)
 
     def offer(self) -> dict[str, Any]:
         """What peers must know, as JSON values; the file descriptors travel beside it."""
-        return {str(layer): self.layouts[layer].as_dict() for layer in self._owned}
+        return {
+            str(block): self.layouts[block].as_dict() for block in self.placement.owned(self.rank)
+        }
 
     def connect(self, owner: int, offer: Mapping[str, Any], file_descriptors: list[int]) -> None:
         """Take over what `owner` offered."""
-        layouts = {int(layer): BlockLayout.from_dict(values) for layer, values in offer.items()}
+        for block, values in offer.items():
+            layout = BlockLayout.from_dict(values)
+            self.layouts[int(block)] = layout
+            self._fit(int(block), layout)
         memory = self.transport.connect(owner, file_descriptors)
-        for layer, offset in _offsets(layouts).items():
-            self.layouts[layer] = layouts[layer]
-            data = memory[offset : offset + layouts[layer].num_bytes]
-            self._blocks[layer] = PeerBlock(owner, data)
+        for block_id, (start, stripes) in self._offsets_of(owner).items():
+            self._add_stripes(block_id, owner, memory[start:], stripes)
 
     def start(self) -> dict[int, dict[str, torch.Tensor]]:
-        """Make the slots and begin to fetch; returns layer → name → view of its slot."""
-        schedule = make_schedule(
-            self.owners, self.rank, self.num_ranks, self.prefetch_order, self.num_slots
-        )
+        """Make the slots and begin to fetch; returns block → name → view of its slot."""
+        schedule = make_schedule(self.placement, self.rank, self.order)
+        self._whole = frozenset(range(len(self.placement.blocks))) - set(schedule.order)
         self._prefetcher = Prefetcher(
             self.transport,
             schedule,
-            self._blocks,
-            max((self.layouts[layer].num_bytes for layer in schedule.order), default=0),
-            ticketed=self.prefetch_order == "ticketed",
+            {block: self._stripes[block] for block in schedule.order},
+            self.placement.slot_bytes(self.rank),
+            rank=self.rank,
+            takes_turns=self.takes_turns,
         )
         views = {
-            layer: self.layouts[layer].views(self._prefetcher.slot_of(layer).memory)
-            for layer in schedule.order
+            block: self.layouts[block].views(self._prefetcher.slot_of(block).memory)
+            for block in schedule.order
         }
         self._prefetcher.start()
         return views
@@ -118,37 +155,21 @@ class WeightPool:
         self._entered = None  # by a step that was cut short
         self.prefetcher.begin_replay()
 
-    def enter(self, layer: int) -> None:
-        """The forward pass is about to use units of `layer`; may be called for each of them."""
-        if not self.owns(layer) and self._entered != layer:
-            (self._captured or self.prefetcher).acquire(layer)
-        self._entered = layer
+    def enter(self, block: int) -> None:
+        """The forward pass is about to use units of `block`; may be called for each of them."""
+        if block not in self._whole and self._entered != block:
+            (self._captured or self.prefetcher).acquire(block)
+        self._entered = block
 
-    def leave(self, layer: int, *, keep: bool = False) -> None:
-        """The forward pass is through with the last unit of `layer`, which may `keep` its slot."""
-        if not self.owns(layer) and not keep:
-            (self._captured or self.prefetcher).release(layer)
+    def leave(self, block: int, *, keep: bool = False) -> None:
+        """The forward pass is through with the last unit of `block`, which may `keep` its slot."""
+        if block not in self._whole and not keep:
+            (self._captured or self.prefetcher).release(block)
         self._entered = None
 
-    def holds(self, layer: int) -> bool:
-        """Whether the weights of `layer` are here, or on their way into its slot."""
-        return self.owns(layer) or self.prefetcher.slot_of(layer).layer == layer
-
-    def bytes(self) -> PoolBytes:
-        return PoolBytes(
-            pooled_bytes=sum(layout.num_bytes for layout in self.layouts.values()),
-            owned_bytes=sum(self.layouts[layer].num_bytes for layer in self._owned),
-            cache_bytes=sum(slot.memory.numel() for slot in self.prefetcher.slots),
-        )
+    def holds(self, block: int) -> bool:
+        """Whether the weights of `block` are here, or on their way into its slot."""
+        return block in self._whole or self.prefetcher.slot_of(block).block == block
 
     def close(self) -> None:
         self.transport.close()
-
-
-def _offsets(layouts: Mapping[int, BlockLayout]) -> dict[int, int]:
-    """Offset of every layer's block in its owner's memory, in bytes."""
-    offsets, offset = {}, 0
-    for layer in sorted(layouts):
-        offsets[layer] = offset
-        offset += layouts[layer].num_bytes
-    return offsets

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import torch
 
-from sidp_sgl.weightpool.cas.calls import Calls
-from sidp_sgl.weightpool.cas.compute_group import ComputeGroup
+from sidp_sgl.weightpool.cas.endpoint import CasEndpoint
+from sidp_sgl.weightpool.cas.mailbox import Mailbox
 from sidp_sgl.weightpool.cas.staging import Staging, make_staging
-from sidp_sgl.weightpool.cas.unit import PooledUnit
+from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
 from sidp_sgl.weightpool.transport.cuda.calls import CudaCalls
-from sidp_sgl.weightpool.transport.shm.calls import ShmCalls
+from sidp_sgl.weightpool.transport.shm.mailbox import ShmMailbox
 from tests.support.fake_cuda import FakeCuda
 
 IN_WIDTH, OUT_WIDTH = 12, 20
@@ -35,30 +35,43 @@ def matmul_unit(layer: int, get_weight: Callable[[], torch.Tensor] | None = None
     def compute(rows: torch.Tensor) -> torch.Tensor:
         return rows @ (get_weight() if get_weight is not None else weight(layer))
 
-    return PooledUnit(
-        layer, layer, True, IN_WIDTH, OUT_WIDTH, torch.float32, compute, compute, lambda rows: rows
-    )
+    return rows_unit(layer, layer, IN_WIDTH, OUT_WIDTH, compute)
 
 
-def make_calls(rank: int, num_ranks: int, staging: Staging) -> Calls:
+def rows_unit(
+    number: int,
+    block: int,
+    in_width: int,
+    out_width: int,
+    compute: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    is_last: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> PooledUnit:
+    """A unit from rows to rows, whose forward is its partial result."""
+    payload, result = (RowType(in_width, dtype),), RowType(out_width, dtype)
+    return PooledUnit(number, block, is_last, payload, result, compute, compute)
+
+
+def make_mailbox(rank: int, num_ranks: int, staging: Staging) -> Mailbox:
     """One rank's end of kind `shm` or, over a driver without a GPU, `cuda`."""
     sizes = staging.inbox_bytes, staging.results_bytes
     if KIND == "shm":
-        return ShmCalls(rank, num_ranks, *sizes)
+        return ShmMailbox(rank, num_ranks, *sizes)
     return CudaCalls(FakeCuda(seed=rank), rank, num_ranks, *sizes)
 
 
-def settle(groups: Sequence[ComputeGroup]) -> None:
+def settle(ranks: Sequence[CasEndpoint]) -> None:
     """Wait until what was told has arrived; on CPUs it has."""
-    for group in groups:
-        if isinstance(group.calls, CudaCalls):
-            group.calls._driver.synchronize()
+    for endpoint in ranks:
+        if isinstance(endpoint.mailbox, CudaCalls):
+            endpoint.mailbox._driver.synchronize()
 
 
 @contextmanager
-def connected_calls(num_ranks: int, staging: Staging) -> Iterator[list[Calls]]:
-    """The calls of all ranks, each connected with each."""
-    ends = [make_calls(rank, num_ranks, staging) for rank in range(num_ranks)]
+def connected_mailboxes(num_ranks: int, staging: Staging) -> Iterator[list[Mailbox]]:
+    """The mailboxes of all ranks, each connected with each."""
+    ends = [make_mailbox(rank, num_ranks, staging) for rank in range(num_ranks)]
     try:
         for rank, end in enumerate(ends):
             for peer, other in enumerate(ends):
@@ -71,30 +84,25 @@ def connected_calls(num_ranks: int, staging: Staging) -> Iterator[list[Calls]]:
 
 
 @contextmanager
-def compute_groups(
+def endpoints(
     num_ranks: int,
     units: Sequence[PooledUnit],
     owners: Sequence[int],
     *,
     start: bool = True,
-) -> Iterator[list[ComputeGroup]]:
+) -> Iterator[list[CasEndpoint]]:
     """Every rank's part in CaS; with `start`, their services run."""
     staging = make_staging((unit.row_bytes for unit in units), num_ranks)
-    with connected_calls(num_ranks, staging) as ends:
-        groups = [
-            ComputeGroup(
-                calls,
-                staging,
-                [unit for unit in units if owners[unit.layer] == rank],
-                lambda start, end: None,
-            )
-            for rank, calls in enumerate(ends)
+    with connected_mailboxes(num_ranks, staging) as ends:
+        ranks = [
+            CasEndpoint(mailbox, staging, [u for u in units if owners[u.block] == rank])
+            for rank, mailbox in enumerate(ends)
         ]
         if start:
-            for group in groups:
-                group.service.start()
+            for endpoint in ranks:
+                endpoint.service.start()
         try:
-            yield groups
+            yield ranks
         finally:
-            for group in groups:
-                group.service.close()
+            for endpoint in ranks:
+                endpoint.service.close()

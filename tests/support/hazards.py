@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from sidp_sgl.weightpool.transport.interface import CopyStream, Event, PeerBlock, Stream
+from sidp_sgl.weightpool.transport.interface import CopyStream, Event, PeerStripe, Stream
 from sidp_sgl.weightpool.transport.shm.transport import ShmCopyStream, ShmTransport
 
 Kernel = Callable[[], None]
@@ -78,16 +78,16 @@ class HazardousCopyStream(CopyStream):
         self._sleep(0.002)
         self._current._enqueue(self._one_fetch_at_a_time.acquire)
 
-    def take_turn(self, source: PeerBlock) -> None:
+    def take_turn(self, source: PeerStripe) -> None:
         self._stream().take_turn(source)
 
-    def copy(self, target: torch.Tensor, source: PeerBlock) -> None:
+    def copy(self, target: torch.Tensor, source: PeerStripe) -> None:
         half = target.numel() // 2
-        self._stream().copy(target[:half], PeerBlock(source.owner, source.data[:half]))
+        self._stream().copy(target[:half], PeerStripe(source.owner, source.data[:half]))
         self._sleep(0.001)
-        self._stream().copy(target[half:], PeerBlock(source.owner, source.data[half:]))
+        self._stream().copy(target[half:], PeerStripe(source.owner, source.data[half:]))
 
-    def end_turn(self, source: PeerBlock) -> None:
+    def end_turn(self, source: PeerStripe) -> None:
         self._stream().end_turn(source)
 
     def record(self, event: Event) -> None:

@@ -44,7 +44,7 @@ class HostModel:
 
     def leave(self, layer: int) -> None:
         slot = self.schedule.slot_of.get(layer)
-        if slot is not None and not self.schedule.resident:
+        if slot is not None and not self.schedule.keeps_all:
             self._free[slot] = True
             self.issue()
 

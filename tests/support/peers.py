@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sidp_sgl.weightpool.transport.interface import PeerBlock
+from sidp_sgl.weightpool.transport.interface import PeerStripe
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
 from sidp_sgl.weightpool.transport.shm.turns import OwnerPort
 
@@ -20,13 +20,13 @@ class Owner:
         self.memory = self.transport.allocate(num_bytes)
 
     @contextmanager
-    def reader(self, link: float | None = None) -> Iterator[tuple[ShmTransport, PeerBlock]]:
+    def reader(self, link: float | None = None) -> Iterator[tuple[ShmTransport, PeerStripe]]:
         """Another rank's transport, and this owner's memory as that rank sees it."""
         transport = ShmTransport(link)
         file_descriptors = [os.dup(fd) for fd in self.transport.export()]
         data = transport.connect(self.rank, file_descriptors)
         try:
-            yield transport, PeerBlock(self.rank, data)
+            yield transport, PeerStripe(self.rank, data)
         finally:
             transport.close()
 

@@ -3,16 +3,16 @@
 import threading
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
 from sidp_sgl.weightpool.layout import make_layout
-from sidp_sgl.weightpool.placement import owners
-from sidp_sgl.weightpool.pool import PoolBytes, WeightPool
-from sidp_sgl.weightpool.schedule import FetchSchedule, default_slots, make_schedule
+from sidp_sgl.weightpool.placement import Placement, Stripe
+from sidp_sgl.weightpool.pool import WeightPool
+from sidp_sgl.weightpool.schedule import FetchSchedule, make_schedule, shifted_slots
 from sidp_sgl.weightpool.transport.interface import Transport
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
 from sidp_sgl.weightpool.was.prefetch import FetchCounters
@@ -25,19 +25,34 @@ class Group:
     """What is pooled, and how; `num_slots` None takes the default."""
 
     num_ranks: int
-    num_layers: int
-    order: str = "ticketed"
-    placement: str = "interleaved"
+    num_layers: int  # of one block each
+    order: str = "sequential"
+    kind: str = "interleaved"
     num_slots: int | None = None
+    turns: bool = True
+    stripes: bool = False  # whether every rank owns a part of every block
+
+    def placement(self) -> Placement:
+        sizes = [layer_bytes(layer) for layer in range(self.num_layers)]
+        placement = Placement.of(sizes, self.num_ranks, self.num_slots, self.kind)
+        if self.order == "shifted" and self.num_slots is None:
+            placement = replace(placement, num_slots=max(1, shifted_slots(placement)))
+        for block, size in enumerate(sizes if self.stripes else []):
+            placement = placement.with_stripes(block, even_stripes(size, self.num_ranks))
+        return placement
 
     def owners(self) -> list[int]:
-        return owners(self.num_layers, self.num_ranks, self.placement)
-
-    def slots(self) -> int:
-        return self.num_slots or default_slots(self.owners(), self.num_ranks, self.order)
+        return [owners[0] for owners in map(self.placement().owners, range(self.num_layers))]
 
     def schedule(self, rank: int) -> FetchSchedule:
-        return make_schedule(self.owners(), rank, self.num_ranks, self.order, self.slots())
+        return make_schedule(self.placement(), rank, self.order)
+
+
+def even_stripes(num_bytes: int, num_ranks: int) -> list[Stripe]:
+    """A block in as many parts as there are ranks."""
+    ends = [num_bytes * (n + 1) // num_ranks for n in range(num_ranks)]
+    starts = [0, *ends[:-1]]
+    return [Stripe(n, starts[n], ends[n] - starts[n]) for n in range(num_ranks)]
 
 
 def layer_tensors(layer: int) -> Tensors:
@@ -100,7 +115,8 @@ class Result:
     def __init__(self, rank: RankUnderTest) -> None:
         self.wrong = list(rank.wrong)
         self.counters: FetchCounters = rank.pool.prefetcher.counters
-        self.sizes: PoolBytes = rank.pool.bytes()
+        self.placement = rank.pool.placement
+        self.cache_bytes = sum(slot.memory.numel() for slot in rank.pool.prefetcher.slots)
 
 
 def run_group(
@@ -118,8 +134,10 @@ def run_group(
     def run(number: int) -> None:
         transport = make_transport(number)
         try:
-            pool = _connected_pool(group, number, name, transport, expected)
-            rank = RankUnderTest(pool, _start(pool, expected), expected)
+            own: dict[int, torch.Tensor] = {}
+            pool = _connected_pool(group, number, name, transport, expected, own)
+            rank = RankUnderTest(pool, _start(pool, own), expected)
+            assert set(rank.views) == set(expected)
             script(rank)
             synchronize = getattr(transport.compute_stream, "synchronize", None)
             if synchronize is not None:
@@ -142,21 +160,32 @@ def run_group(
 
 
 def _connected_pool(
-    group: Group, rank: int, name: str, transport: Transport, expected: dict[int, Tensors]
+    group: Group,
+    rank: int,
+    name: str,
+    transport: Transport,
+    expected: dict[int, Tensors],
+    own: dict[int, torch.Tensor],
 ) -> WeightPool:
-    pool = WeightPool(transport, rank, group.num_ranks, group.owners(), group.order, group.slots())
-    own = {n: tensors for n, tensors in expected.items() if pool.owns(n)}
-    blocks = pool.own({layer: make_layout(tensors.items()) for layer, tensors in own.items()})
-    for layer, tensors in own.items():
-        for tensor_name, tensor in tensors.items():
-            blocks[layer][tensor_name].copy_(tensor)
+    """`own` becomes layer → what this rank holds of it."""
+    pool = WeightPool(transport, rank, group.placement(), group.order, takes_turns=group.turns)
+    held = pool.placement.owned(rank)
+    layouts = {layer: make_layout(expected[layer].items()) for layer in held}
+    for layer, memory in pool.own(layouts).items():
+        whole = torch.empty(layouts[layer].num_bytes, dtype=torch.uint8)
+        for tensor_name, view in layouts[layer].views(whole).items():
+            view.copy_(expected[layer][tensor_name])
+        parts = [s for s in pool.placement.blocks[layer] if s.owner == rank]
+        memory.copy_(torch.cat([whole[s.offset : s.offset + s.num_bytes] for s in parts]))
+        own[layer] = memory
     offer = Offer(rank, {}, pool.offer(), transport.export())
     for other, its_offer in exchange(name, offer, group.num_ranks, timeout=30.0).items():
         pool.connect(other, its_offer.content, its_offer.file_descriptors)
     return pool
 
 
-def _start(pool: WeightPool, expected: dict[int, Tensors]) -> dict[int, Tensors]:
-    views = {**pool._owned, **pool.start()}
-    assert set(views) == set(expected)
-    return views
+def _start(pool: WeightPool, own: dict[int, torch.Tensor]) -> dict[int, Tensors]:
+    """Every layer's views: own blocks and slots."""
+    whole = {layer: own[layer] for layer in own if pool.owns(layer)}
+    views = {layer: pool.layouts[layer].views(memory) for layer, memory in whole.items()}
+    return {**views, **pool.start()}

@@ -140,8 +140,7 @@ def fit_round_trip(
     """What is left of a call when its GEMM and its rows are taken off, as the planner has them."""
     _check(points, "calls")
     group = GroupTimes(RankTimes(shape, machine, Split()), Pooling(num_ranks))
-    owners = group.pooling.owners(shape.num_layers)
-    calls = shape.num_layers - min(owners.count(rank) for rank in range(num_ranks))
+    calls = group.placement.most_slots
     trips = []
     for point in points:
         work = Work(point.rows, 0, 0, point.rows)

@@ -11,14 +11,13 @@ import torch
 
 from sidp_sgl.planner.calibrate.decoder import Decoder
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
-from sidp_sgl.weightpool.cas.compute_group import ComputeGroup
+from sidp_sgl.weightpool.cas.endpoint import CasEndpoint
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, make_staging
-from sidp_sgl.weightpool.cas.unit import PooledUnit
+from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
 from sidp_sgl.weightpool.layout import make_layout
-from sidp_sgl.weightpool.placement import owners
+from sidp_sgl.weightpool.placement import Placement
 from sidp_sgl.weightpool.pool import WeightPool
-from sidp_sgl.weightpool.schedule import DEFAULT_SLOTS
-from sidp_sgl.weightpool.transport.devices import make_calls
+from sidp_sgl.weightpool.transport.devices import make_mailbox
 from sidp_sgl.weightpool.transport.interface import Transport
 
 MEETING_SECONDS = 60.0
@@ -39,14 +38,11 @@ class Fetches:
     def __init__(
         self, meeting: str, rank: int, num_ranks: int, num_bytes: int, transport: Transport
     ) -> None:
-        layer_owners = owners(num_layers_of(num_ranks), num_ranks, "interleaved")
-        self._pool = WeightPool(
-            transport, rank, num_ranks, layer_owners, "ticketed", num_slots=DEFAULT_SLOTS
-        )
+        placement = Placement.of([num_bytes] * num_layers_of(num_ranks), num_ranks)
+        self._pool = WeightPool(transport, rank, placement)
         block = make_layout([("weight", torch.empty(num_bytes, dtype=torch.uint8, device="meta"))])
-        own = [layer for layer, owner in enumerate(layer_owners) if owner == rank]
-        for views in self._pool.own(dict.fromkeys(own, block)).values():
-            views["weight"].fill_(1)  # pages that were never written are no memory yet
+        for memory in self._pool.own(dict.fromkeys(placement.owned(rank), block)).values():
+            memory.fill_(1)  # pages that were never written are no memory yet
         offer = Offer(rank, {}, self._pool.offer(), transport.export())
         for peer, theirs in exchange(meeting, offer, num_ranks, MEETING_SECONDS).items():
             self._pool.connect(peer, theirs.content, theirs.file_descriptors)
@@ -54,7 +50,7 @@ class Fetches:
 
     def run(self, compute: Compute, watch: Watch) -> None:
         """One pass, each layer computed when its block is there, which `watch` waits for."""
-        for layer in range(len(self._pool.owners)):
+        for layer in range(len(self._pool.placement.blocks)):
             watch(partial(self._pool.enter, layer))
             compute(layer)
             self._pool.leave(layer)
@@ -77,17 +73,18 @@ class SentRows:
         hidden_size: int,
         transport: Transport,
     ) -> None:
-        self._owners = owners(num_layers_of(num_ranks), num_ranks, "interleaved")
+        num_layers = num_layers_of(num_ranks)
+        self._placement = Placement.of([1] * num_layers, num_ranks)
         self._rank, self._transport = rank, transport
-        self._units = [_unit(layer, decoder, hidden_size) for layer in range(len(self._owners))]
+        self._units = [_unit(layer, decoder, hidden_size) for layer in range(num_layers)]
         staging = make_staging((unit.row_bytes for unit in self._units), num_ranks)
-        self._calls = make_calls(transport, rank, num_ranks, staging, graphs=True)
-        owned = [unit for unit in self._units if self._owners[unit.layer] == rank]
-        self._group = ComputeGroup(self._calls, staging, owned, lambda start, end: None)
-        offer = Offer(rank, {}, {}, self._calls.export())
+        mailbox = make_mailbox(transport, rank, num_ranks, staging, graphs=True)
+        owned = [self._units[layer] for layer in self._placement.owned(rank)]
+        self._endpoint = CasEndpoint(mailbox, staging, owned)
+        offer = Offer(rank, {}, {}, mailbox.export())
         for peer, theirs in exchange(meeting, offer, num_ranks, MEETING_SECONDS).items():
-            self._calls.connect(peer, theirs.file_descriptors)
-        self._group.service.start()
+            mailbox.connect(peer, theirs.file_descriptors)
+        self._endpoint.service.start()
         # Every requester has rows of its own at every owner.
         self._offsets = {
             owner: ROWS_PER_RANK * (rank - (rank > owner))
@@ -97,26 +94,27 @@ class SentRows:
 
     def run(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] → the same; computed here where the layer is this rank's."""
-        unit, owner = self._units[layer], self._owners[layer]
-        if owner == self._rank:
-            return unit.compute(rows)
-        remote = self._group.remote
-        remote.begin_step(self._offsets, len(rows))
-        result = remote.call(owner, unit, rows)
-        remote.end_step()
+        unit, owners = self._units[layer], self._placement.owners(layer)
+        if self._placement.owns(self._rank, layer):
+            return unit.partial(rows)
+        requester = self._endpoint.requester
+        requester.begin_step(self._offsets, len(rows))
+        result = requester.call(owners, unit, [rows])
+        requester.end_step()
         if result is None:
-            raise RuntimeError(f"rank {owner} did not compute the rows that rank {self._rank} sent")
+            raise RuntimeError(
+                f"rank {owners[0]} did not compute the rows that rank {self._rank} sent"
+            )
         return result
 
     def close(self) -> None:
         """Once all ranks have ended their passes."""
-        self._group.service.close()
-        self._calls.close()
+        self._endpoint.service.close()
+        self._endpoint.mailbox.close()
         self._transport.close()
 
 
 def _unit(layer: int, decoder: Decoder, hidden_size: int) -> PooledUnit:
     compute = partial(decoder.ffn, layer)
-    return PooledUnit(
-        layer, layer, True, hidden_size, hidden_size, torch.bfloat16, compute, compute, lambda r: r
-    )
+    row = RowType(hidden_size, torch.bfloat16)
+    return PooledUnit(layer, layer, True, (row,), row, compute, compute)

@@ -20,7 +20,7 @@ from sglang.srt.model_executor.runner_utils.pool import (
 
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 from sidp_sgl.weightpool.cas.unit import PooledUnit
-from sidp_sgl.weightpool.execution import UnitExecution
+from sidp_sgl.weightpool.execution import Payload, UnitExecution
 
 
 class CasGraphs:
@@ -35,7 +35,7 @@ class CasGraphs:
     def capture(self, backend: Any, shape_key: Any, forward: Callable[[], Any]) -> None:
         """`forward` has been warmed up. `backend` is SGLang's for decode, in its capture session;
         sizes that a CaS step can't have are left out."""
-        if self._execution.remote is None:
+        if self._execution.requester is None:
             return
         sizes = backend._cuda_graph_runner.capture_bs
         if max((size for size in sizes if size < shape_key.size), default=0) >= ROWS_PER_RANK:
@@ -51,19 +51,20 @@ class CasGraphs:
 
     def replay(self, shape_key: Any) -> Any:
         """What `forward` returned, computed anew."""
-        assert self._execution.remote is not None
-        self._execution.remote.counters.replays += 1
+        assert self._execution.requester is not None
+        self._execution.requester.counters.replays += 1
         with graph_pool_replay_scope():
             self._graphs[shape_key].replay()
         return self._outputs[shape_key]
 
-    def _call(self, unit: PooledUnit, rows: torch.Tensor) -> torch.Tensor:
-        result = rows.new_empty(len(rows), unit.out_width)  # of the graphs' memory
-        self._break(self._execution, unit, rows, result)
+    def _call(self, unit: PooledUnit, payload: Payload) -> torch.Tensor:
+        # Of the graphs' memory.
+        result = payload[0].new_empty(len(payload[0]), unit.result.width, dtype=unit.result.dtype)
+        self._break(self._execution, unit, result, *payload)
         return result
 
 
 def _compute(
-    execution: UnitExecution, unit: PooledUnit, rows: torch.Tensor, result: torch.Tensor
+    execution: UnitExecution, unit: PooledUnit, result: torch.Tensor, *payload: torch.Tensor
 ) -> None:
-    execution.compute_into(result, unit, rows)
+    execution.compute_into(result, unit, payload)

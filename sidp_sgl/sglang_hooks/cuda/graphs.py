@@ -45,8 +45,8 @@ class GraphHooks:
         self._cas.capture(backend, shape_key, forward)
 
     def _replay(self, original: Any, backend: Any, shape_key: Any, *args: Any, **kw: Any) -> Any:
-        remote = self._execution.remote
-        if remote is not None and remote.is_active:
+        requester = self._execution.requester
+        if requester is not None and requester.is_active:
             return self._cas.replay(shape_key)
         self._pool.begin_replay()
         return original(backend, shape_key, *args, **kw)

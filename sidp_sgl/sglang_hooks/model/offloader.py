@@ -1,12 +1,14 @@
 """SGLang's offloader interface as the way into the model: sees every layer, runs after loading.
 
-Room: sglang_hooks. While layers are built, those of other ranks become placeholders, and the rank's
-own tensors views of its blocks, into which they are loaded; then the ranks meet, and the slots take
-over.
+While layers are built, the blocks of other ranks become placeholders. What SGLang loads as it is
+(`loads_in_place`) is loaded straight into the rank's own blocks; else it is loaded and processed in
+memory of its own, and laid out in blocks afterwards. Then the ranks meet, and the slots take over,
+in the layouts of the owners.
 """
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,122 +20,174 @@ from torch import nn
 from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.model import placeholders
-from sidp_sgl.sglang_hooks.model.units import Unit, find_units, pooled_unit
+from sidp_sgl.sglang_hooks.model.units import Unit, find_blocks, pooled_unit
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
-from sidp_sgl.weightpool.layout import make_layout
+from sidp_sgl.weightpool.layout import BlockLayout, make_layout
 from sidp_sgl.weightpool.pool import WeightPool
 
 MeetPeers = Callable[[list[PooledUnit]], UnitExecution]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The units of one block, all in `layer`."""
+
+    layer: nn.Module
+    units: list[Unit]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(placeholders.named_tensors([(unit.name, unit.module) for unit in self.units]))
 
 
 class PoolOffloader(BaseOffloader):
     """Connects one model to one pool. `meet_peers` connects the pool with those of the others, and
     says how units are computed from then on."""
 
-    def __init__(self, pool: WeightPool, pooled_units: str, meet_peers: MeetPeers) -> None:
+    def __init__(
+        self,
+        pool: WeightPool,
+        pooled_units: str,
+        meet_peers: MeetPeers,
+        *,
+        loads_in_place: bool = True,
+    ) -> None:
         self._pool = pool
         self._pooled_units = pooled_units
         self._meet_peers = meet_peers
-        self._layers: list[tuple[nn.Module, list[Unit]]] = []
-        self._placeholder_units: set[int] = set()
-        self._blocks: dict[int, dict[str, torch.Tensor]] = {}  # of own layers
+        self._loads_in_place = loads_in_place
+        self._layers: list[nn.Module] = []
+        self._blocks: list[_Block] = []
+        self._layouts: dict[int, BlockLayout] = {}  # of own blocks
+        self._memory: dict[int, torch.Tensor] = {}  # of own blocks
+        self._placeholder_modules: set[int] = set()
         self.unmaterialised = 0  # placeholder tensors that held no memory when loading had ended
 
     def hook(self) -> Hook:
         return Hook("sglang.srt.utils.offloader.create_offloader", lambda _: self, HookType.AROUND)
 
     def is_placeholder(self, module: nn.Module) -> bool:
-        return id(module) in self._placeholder_units
+        return id(module) in self._placeholder_modules
+
+    def owned_layers(self) -> list[int]:
+        """Decoder layers of which this rank owns a block."""
+        owned = {id(self._blocks[block].layer) for block in self._layouts}
+        return [index for index, layer in enumerate(self._layers) if id(layer) in owned]
 
     def wrap_modules(
         self, all_modules_generator: Iterable[nn.Module], *_: Any, **__: Any
     ) -> list[nn.Module]:
         if self._layers:
             raise SidpError("--sidp: the model has a second stack of layers, which can't be pooled")
-        layouts = {}
         for index, layer in enumerate(all_modules_generator):
-            units = find_units(layer, index, self._pooled_units)
-            self._layers.append((layer, units))
-            if index >= len(self._pool.owners):
-                continue
-            tensors = list(placeholders.named_tensors(_pairs(units)))
-            if self._pool.owns(index):
-                layouts[index] = make_layout(tensors)
-                for parameter in dict(tensors).values():
-                    placeholders.give_memory_back(parameter)
-            else:
-                self._placeholder_units.update(id(unit.module) for unit in units)
-                for tensor_name, _ in tensors:
-                    placeholders.make_placeholder(layer, tensor_name)
-        if len(self._layers) != len(self._pool.owners):
+            self._layers.append(layer)
+            for units in find_blocks(layer, index, self._pooled_units):
+                self._add_block(_Block(layer, units))
+        expected = self._pool.placement.num_blocks
+        if len(self._blocks) != expected:
             raise SidpError(
-                f"--sidp: the model has {len(self._layers)} layers where its config says "
-                f"{len(self._pool.owners)}"
+                f"--sidp: the model has {len(self._blocks)} layers where its config says {expected}"
             )
-        self._blocks = self._pool.own(layouts)
-        for index, block in self._blocks.items():
-            _, units = self._layers[index]
-            for name, parameter in placeholders.named_tensors(_pairs(units)):
-                parameter.data = block[name]
-        return [layer for layer, _ in self._layers]
+        if self._loads_in_place:
+            self._own_blocks()
+        return self._layers
+
+    def _add_block(self, block: _Block) -> None:
+        """While the model is built: no rank ever holds more than its own blocks and one more."""
+        tensors = block.tensors()
+        layout = make_layout(tensors.items())
+        index = self._pool.add_block(layout.num_bytes)
+        self._blocks.append(block)
+        if not self._pool.owns(index):
+            self._placeholder_modules.update(id(unit.module) for unit in block.units)
+            for name, tensor in tensors.items():
+                placeholders.make_placeholder(block.layer, name, tensor)
+            return
+        self._layouts[index] = layout
+        if self._loads_in_place:
+            for spec in layout.tensors:
+                if spec.is_parameter:
+                    placeholders.give_memory_back(tensors[spec.name])
+
+    def _own_blocks(self) -> None:
+        """Let own tensors be views of the rank's blocks."""
+        self._memory = self._pool.own(self._layouts)
+        for index, layout in self._layouts.items():
+            layer = self._blocks[index].layer
+            for spec in layout.tensors:
+                view = spec.view(self._memory[index])
+                module, _, leaf = spec.name.rpartition(".")
+                tensor = getattr(layer.get_submodule(module), leaf)
+                if tensor.numel():
+                    view.copy_(tensor)
+                tensor.data = view
 
     def post_init(self) -> None:
-        self._view_blocks()
-        modules = [unit.module for _, units in self._layers for unit in units]
+        if self._loads_in_place:
+            self._check_blocks()
+        elif not self._memory:
+            self._lay_out()
+        for index, layout in self._layouts.items():
+            self._view(self._blocks[index], layout, layout.views(self._memory[index]))
+        modules = [unit.module for block in self._blocks for unit in block.units]
         pooled_units = self._pooled_unit_list()
         execution = self._meet_peers(pooled_units)
-        views = self._pool.start()
-        for index, (layer, units) in enumerate(self._layers):
-            if not self._pool.owns(index):
-                self._view_slots(layer, units, views[index])
+        slots = self._pool.start()
+        for index, views in slots.items():
+            self._adopt(self._blocks[index], self._pool.layouts[index], views)
         for module, pooled in zip(modules, pooled_units, strict=True):
             module.forward = partial(execution.run, pooled)
-        sizes = self._pool.bytes()
-        cpu_memory.charge_pool(sizes.owned_bytes + sizes.cache_bytes + execution.staging_bytes)
-        first_layer, _ = self._layers[0]
-        first_layer._derived_weight_cache_error = (  # type: ignore[assignment]
+        placement, rank = self._pool.placement, self._pool.rank
+        cpu_memory.charge_pool(
+            placement.owned_bytes(rank) + placement.cache_bytes(rank) + execution.staging_bytes
+        )
+        self._layers[0]._derived_weight_cache_error = (  # type: ignore[assignment]
             "weights can't be updated at run time with --sidp: restart the engine"
         )
 
-    def _view_blocks(self) -> None:
-        """What loading has put elsewhere, in the same form, moves into its block."""
-        for index, block in self._blocks.items():
-            layer, units = self._layers[index]
-            for name, parameter in list(placeholders.named_tensors(_pairs(units))):
-                view = block[name]
-                if _form(parameter) != _form(view):
-                    raise SidpError(f"--sidp: {name} has changed its form while it was loaded")
-                if parameter.data_ptr() != view.data_ptr():
-                    view.copy_(parameter)
-                placeholders.view_pool(layer, name, view)
+    def _lay_out(self) -> None:
+        """What SGLang has loaded and processed moves into blocks of its final form."""
+        self._layouts = {
+            index: make_layout(self._blocks[index].tensors().items()) for index in self._layouts
+        }
+        self._own_blocks()
 
-    def _view_slots(
-        self, layer: nn.Module, units: list[Unit], views: dict[str, torch.Tensor]
-    ) -> None:
-        for name, parameter in list(placeholders.named_tensors(_pairs(units))):
-            if not parameter.is_meta:
+    def _check_blocks(self) -> None:
+        """What loading has put elsewhere, in the same form, moves into its block."""
+        for index, layout in self._layouts.items():
+            tensors = self._blocks[index].tensors()
+            for spec in layout.tensors:
+                tensor, view = tensors.get(spec.name), spec.view(self._memory[index])
+                if tensor is None or _form(tensor) != _form(view):
+                    raise SidpError(f"--sidp: {spec.name} has changed its form while it was loaded")
+                if tensor.data_ptr() != view.data_ptr():
+                    view.copy_(tensor)
+
+    def _view(self, block: _Block, layout: BlockLayout, views: dict[str, torch.Tensor]) -> None:
+        for spec in layout.tensors:
+            view = views[spec.name]
+            placeholders.view_pool(block.layer, spec.name, view, is_parameter=spec.is_parameter)
+
+    def _adopt(self, block: _Block, layout: BlockLayout, views: dict[str, torch.Tensor]) -> None:
+        """Another rank's block takes the form that its owner's has, whatever it was built as."""
+        for name, tensor in block.tensors().items():
+            if not tensor.is_meta:
                 raise SidpError(f"--sidp: {name} of another rank's layer was materialised")
-            view = views[name]
-            if view.shape != parameter.shape or view.dtype != parameter.dtype:
-                raise SidpError(f"--sidp: {name} differs from its owner's in shape or dtype")
             self.unmaterialised += 1
-            placeholders.view_pool(layer, name, view)
+            if name not in {spec.name for spec in layout.tensors}:
+                placeholders.remove(block.layer, name)
+        self._view(block, layout, views)
 
     def _pooled_unit_list(self) -> list[PooledUnit]:
         """All units, numbered in the order of the forward pass."""
         numbers = itertools.count()
         return [
-            pooled_unit(unit, next(numbers), index, is_last=unit is units[-1])
-            for index, (_, units) in enumerate(self._layers)
-            for unit in units
+            pooled_unit(unit, next(numbers), index, is_last=unit is block.units[-1])
+            for index, block in enumerate(self._blocks)
+            for unit in block.units
         ]
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _pairs(units: list[Unit]) -> list[tuple[str, nn.Module]]:
-    return [(unit.name, unit.module) for unit in units]

@@ -1,7 +1,7 @@
-"""Parameters without memory, and parameters that view pool memory.
+"""Tensors of a module without memory, and tensors that view pool memory.
 
-Room: sglang_hooks. Models index `params_dict[name]` while loading, so a placeholder keeps the
-name and every attribute of what it stands for.
+Models index `params_dict[name]` while loading, so a placeholder keeps the name and every attribute
+of what it stands for.
 """
 
 from collections.abc import Iterator
@@ -11,41 +11,59 @@ import torch
 from torch import nn
 
 
-def named_tensors(units: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
-    """('mlp.down_proj.weight', parameter) of all units, in a fixed order."""
+def named_tensors(units: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """('mlp.down_proj.weight', tensor) of all units: parameters, then buffers, in a fixed order.
+    Empty ones have no bytes to pool and are left out."""
     for unit_name, module in units:
-        for name, parameter in module.named_parameters():
-            yield f"{unit_name}.{name}", parameter
+        for tensors in (module.named_parameters(), module.named_buffers()):
+            for name, tensor in tensors:
+                if tensor.numel():
+                    yield f"{unit_name}.{name}", tensor
 
 
-def replace(layer: nn.Module, name: str, data: torch.Tensor, **attributes: Any) -> None:
-    """Put `data` in the place of parameter `name` of `layer`; attributes are kept and added to."""
+def _owner_of(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
-    module = layer.get_submodule(path)
-    old = module._parameters[leaf]
-    new = nn.Parameter(data, requires_grad=False)
-    new.__dict__.update(old.__dict__)
-    new.__dict__.update(attributes)
-    module._parameters[leaf] = new
+    return layer.get_submodule(path), leaf
 
 
-def make_placeholder(layer: nn.Module, name: str) -> None:
-    """Turn a parameter into a meta tensor that refuses to be loaded."""
-    parameter = layer.get_parameter(name)
+def replace(
+    layer: nn.Module, name: str, data: torch.Tensor, *, is_parameter: bool, **attributes: Any
+) -> None:
+    """Put `data` in the place of tensor `name` of `layer`, or there anew; attributes are kept and
+    added to."""
+    module, leaf = _owner_of(layer, name)
+    tensors = module._parameters if is_parameter else module._buffers
+    old = tensors.get(leaf)
+    new = nn.Parameter(data, requires_grad=False) if is_parameter else data
+    new.__dict__.update({**(old.__dict__ if old is not None else {}), **attributes})
+    tensors[leaf] = new  # type: ignore[index, assignment]
+
+
+def remove(layer: nn.Module, name: str) -> None:
+    """Tensor `name` is not there any more."""
+    module, leaf = _owner_of(layer, name)
+    module._parameters.pop(leaf, None)
+    module._buffers.pop(leaf, None)
+
+
+def make_placeholder(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Turn a tensor into a meta tensor that refuses to be loaded."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(f"{name} of a layer owned by another rank was read from the checkpoint")
 
     # Also where there was no loader: SGLang's default one would copy into nowhere in silence.
-    replace(layer, name, torch.empty_like(parameter, device="meta"), weight_loader=refuse)
+    is_parameter = isinstance(tensor, nn.Parameter)
+    meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+    replace(layer, name, meta, is_parameter=is_parameter, weight_loader=refuse)
 
 
-def give_memory_back(parameter: nn.Parameter) -> None:
-    """Let a parameter be empty until its data is a view of pool memory. The object, and with it
-    what knows how to load it, stays."""
+def give_memory_back(parameter: torch.Tensor) -> None:
+    """Let a tensor be empty until its data is a view of pool memory. The object, and with it what
+    knows how to load it, stays."""
     parameter.data = parameter.data.new_empty(0)
 
 
-def view_pool(layer: nn.Module, name: str, view: torch.Tensor) -> None:
-    """Let a parameter view pool memory, which is not the model's own."""
-    replace(layer, name, view, sidp_pooled=True)
+def view_pool(layer: nn.Module, name: str, view: torch.Tensor, *, is_parameter: bool) -> None:
+    """Let a tensor view pool memory, which is not the model's own."""
+    replace(layer, name, view, is_parameter=is_parameter, sidp_pooled=True)

@@ -1,9 +1,11 @@
 """Finds the poolable units of a decoder layer by structure, not by a list of class names.
 
-Room: sglang_hooks. A unit is a module whose tensors are pooled: the FFN, and with `linear` the
-attention's projections. They come in the order in which a layer's forward pass calls them.
+A unit is a module whose tensors are pooled: the FFN, and with `linear` the attention's projections.
+They come in the order in which a layer's forward pass calls them, in the blocks that are fetched
+as a whole.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from torch import nn
 
 from sidp_sgl.errors import SidpError
-from sidp_sgl.weightpool.cas.unit import PooledUnit
+from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Unit:
     module: nn.Module
 
 
-def find_units(layer: nn.Module, index: int, pool: str) -> list[Unit]:
-    """Units of one decoder layer for `--sidp-pool ffn` or `linear`.
+def find_blocks(layer: nn.Module, index: int, pool: str) -> list[list[Unit]]:
+    """The blocks of decoder layer `index` for `--sidp-pool ffn` or `linear`, as lists of units.
 
     Raises SidpError where the layer has no recognisable FFN, or experts.
     """
@@ -52,37 +54,69 @@ def find_units(layer: nn.Module, index: int, pool: str) -> list[Unit]:
             if isinstance(child, LinearBase)
         ]
     units.append(Unit(*ffns[0]))
-    return units
+    return [units]
 
 
-def pooled_unit(unit: Unit, number: int, layer: int, *, is_last: bool) -> PooledUnit:
+def pooled_unit(unit: Unit, number: int, block: int, *, is_last: bool) -> PooledUnit:
     """`unit` as the weight pool sees it; before its forward is wrapped."""
-    module, forward = unit.module, unit.module.forward
+    module = unit.module
     linears = [part for part in module.modules() if isinstance(part, LinearBase)]
     is_linear = isinstance(module, LinearBase)
     if is_linear and module.skip_bias_add:
         raise SidpError(
-            f"--sidp-pool linear: {unit.name} of layer {layer} leaves its bias to its caller, "
-            "which can't be pooled: use --sidp-pool ffn"
+            f"--sidp-pool linear: {unit.name} leaves its bias to its caller, which can't be "
+            "pooled: use --sidp-pool ffn"
         )
+    own_part = _OwnPart(module) if is_linear else own_part_of(module)
+    dtype = linears[0].params_dtype
 
-    def compute(rows: torch.Tensor) -> torch.Tensor:
-        return forward(rows)[0] if is_linear else forward(rows)
+    def partial(rows: torch.Tensor) -> torch.Tensor:
+        return own_part(rows)[0] if is_linear else own_part(rows)
 
-    def pack(rows: torch.Tensor) -> Any:
+    def finish(rows: torch.Tensor) -> Any:
         return (rows, None) if is_linear else rows
 
     return PooledUnit(
         number,
-        layer,
+        block,
         is_last,
-        in_width=linears[0].input_size,
-        out_width=linears[-1].output_size,
-        dtype=linears[0].params_dtype,
-        forward=forward,
-        compute=compute,
-        pack=pack,
+        payload=(RowType(linears[0].input_size, dtype),),
+        result=RowType(linears[-1].output_size, dtype),
+        forward=module.forward,
+        partial=partial,
+        finish=finish,
     )
+
+
+class _OwnPart(nn.Module):
+    """A linear layer's own part: its weights' product and nothing else. SGLang's own forward may
+    add a collective, and looks at flags of the forward pass that runs in another thread."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_linear"] = linear  # not a submodule: its parameters are the pool's
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_linear"], name)
+
+    def forward(self, rows: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, Any]:
+        linear = self.__dict__["_linear"]
+        inside, outside = (None, linear.bias) if linear.skip_bias_add else (linear.bias, None)
+        return linear.quant_method.apply(linear, rows, inside), outside
+
+
+def own_part_of(module: nn.Module) -> nn.Module:
+    """`module` with the same weights, whose linear layers compute their own part only."""
+    twin = copy.copy(module)
+    twin._modules = {
+        name: child
+        if child is None
+        else _OwnPart(child)
+        if isinstance(child, LinearBase)
+        else own_part_of(child)
+        for name, child in module._modules.items()
+    }
+    return twin
 
 
 def _contains(module: nn.Module, kind: type) -> bool:

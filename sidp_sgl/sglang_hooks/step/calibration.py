@@ -58,9 +58,9 @@ def _context_length(attention_backend: Any) -> Iterator[None]:
 
 
 def _fetch_all(pool: WeightPool) -> None:
-    for layer in range(len(pool.owners)):
-        pool.enter(layer)
-        pool.leave(layer)
+    for block in range(len(pool.placement.blocks)):
+        pool.enter(block)
+        pool.leave(block)
     pool.transport.synchronize()
 
 

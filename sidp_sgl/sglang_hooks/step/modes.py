@@ -57,7 +57,7 @@ class ModeHooks:
         ]
 
     def _calibrate(self, _: Any, scheduler: Any, *__: Any, **___: Any) -> None:
-        if self._execution.remote is not None:
+        if self._execution.requester is not None:
             self._modes.times = calibrate(scheduler, self._pool, self._execution, ROWS_PER_RANK)
 
     def _run_batch(self, original: Any, scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
@@ -68,7 +68,7 @@ class ModeHooks:
             self._last = None
             self._modes.end_prefill()
             return original(scheduler, batch, *args, **kw)
-        batch_size, remote = batch.batch_size(), self._execution.remote
+        batch_size, remote = batch.batch_size(), self._execution.requester
         can_call = remote is not None and remote.is_available()
         leases = self._modes.begin_decode(batch_size, can_call=can_call)
         mode = WAS if leases is None else CAS

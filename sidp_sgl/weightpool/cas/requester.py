@@ -1,16 +1,16 @@
-"""The requester's side of CaS: sends a unit's input rows to its owner and waits for the result.
+"""The requester's side of CaS: sends a unit's payload to its owners and waits for the results.
 
 Every wait is bounded. After silence the rest of the step streams weights, and no call is made
 until the late answer has come: until then its result may still be written.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sidp_sgl.weightpool.cas.calls import Calls, Outcome
+from sidp_sgl.weightpool.cas.mailbox import Mailbox, Outcome
 from sidp_sgl.weightpool.cas.staging import Staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowsViews
 
@@ -18,7 +18,7 @@ PATIENCE_SECONDS = 1.0  # an owner answers within milliseconds unless it was sto
 
 
 @dataclass
-class RemoteCounters:
+class RequesterCounters:
     """What was sent to owners and what it cost."""
 
     calls: int = 0
@@ -28,70 +28,93 @@ class RemoteCounters:
     wait_seconds: float = 0.0
 
 
-class RemoteUnits:
+class Requester:
     """One rank's calls. `staging` is alike on all ranks."""
 
-    def __init__(self, calls: Calls, staging: Staging, patience: float = PATIENCE_SECONDS) -> None:
-        self.counters = RemoteCounters()
+    def __init__(
+        self, mailbox: Mailbox, staging: Staging, patience: float = PATIENCE_SECONDS
+    ) -> None:
+        self.counters = RequesterCounters()
         self.staging = staging
-        self._calls = calls
+        self._mailbox = mailbox
         self._inboxes: dict[int, RowsViews] = {}
-        self._results = RowsViews(calls.results)
+        self._results = RowsViews(mailbox.results)
         self._patience = patience
         self._offsets: Mapping[int, int] | None = None  # owner → first leased row, in a CaS step
         self.step_rows = 0  # of the latest CaS step
-        self._unanswered: int | None = None  # owner whose answer is still to come
+        self._unanswered: set[int] = set()  # owners whose answers are still to come
 
     @property
     def is_active(self) -> bool:
-        """Whether units of other ranks' layers are called in this step."""
+        """Whether units of other ranks' blocks are called in this step."""
         return self._offsets is not None
 
     def is_available(self) -> bool:
         """False while the answer to a call that was given up is still to come."""
-        if self._unanswered is not None:
-            if self._calls.wait(self._unanswered, 0.0) is Outcome.SILENT:
-                return False
-            self._unanswered = None
-        return True
+        for owner in list(self._unanswered):
+            if self._mailbox.wait(owner, 0.0) is not Outcome.SILENT:
+                self._unanswered.remove(owner)
+        return not self._unanswered
 
     def begin_step(self, offsets: Mapping[int, int], rows: int) -> None:
         """This step's calls use `rows` rows from `offsets` (owner → row) of the inboxes."""
-        assert self._unanswered is None
+        assert not self._unanswered
         self._offsets, self.step_rows = offsets, rows
 
     def end_step(self) -> None:
         self._offsets = None
 
     def call(
-        self, owner: int, unit: PooledUnit, rows: torch.Tensor, out: torch.Tensor | None = None
+        self,
+        owners: Sequence[int],
+        unit: PooledUnit,
+        payload: Sequence[torch.Tensor],
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """[num_rows, out_width] as `unit` computes them at its owner, in `out` where given; None
-        where the unit has to be computed here, as all further ones of this step."""
-        assert self._offsets is not None
-        num_rows = rows.shape[0]
-        if num_rows > self.step_rows or rows.dtype != unit.dtype:
+        """The sum of what `owners` compute of `unit`, [num_rows, result.width], in `out` where
+        given; None where the unit has to be computed here, as all further ones of this step."""
+        num_rows = len(payload[0])
+        fits = all(row.fits(rows) for row, rows in zip(unit.payload, payload, strict=True))
+        if num_rows > self.step_rows or not fits:
             self._fall_back()
             return None
         started = time.perf_counter()
-        offset = self._offsets[owner] * self.staging.row_bytes
-        inbox = self._inboxes.get(owner)
-        if inbox is None:
-            inbox = self._inboxes[owner] = RowsViews(self._calls.inbox_of(owner))
-        inbox.view(offset, num_rows, unit.in_width, unit.dtype).copy_(rows)
-        self._calls.send(owner, unit.number, offset, num_rows)
-        outcome = self._calls.wait(owner, self._patience)
+        for index, owner in enumerate(owners):
+            self._send(owner, unit, payload, index * self.staging.result_bytes)
+        outcomes = []
+        for owner in owners:
+            # Whoever follows a silent one had as long as that.
+            patience = 0.0 if Outcome.SILENT in outcomes else self._patience
+            outcomes.append(self._mailbox.wait(owner, patience))
         counters = self.counters
         counters.wait_seconds += time.perf_counter() - started
         counters.calls += 1
-        counters.rows_sent += num_rows
-        if outcome is Outcome.SILENT:
-            self._unanswered = owner
-        if outcome is not Outcome.DONE:
+        counters.rows_sent += num_rows * len(owners)
+        if any(outcome is not Outcome.DONE for outcome in outcomes):
+            answers = zip(owners, outcomes, strict=True)
+            self._unanswered = {owner for owner, outcome in answers if outcome is Outcome.SILENT}
             self._fall_back()
             return None
-        result = self._results.view(0, num_rows, unit.out_width, unit.dtype)
-        return result.clone() if out is None else out.copy_(result)
+        result = self._result(unit, num_rows, 0)
+        result = result.clone() if out is None else out.copy_(result)
+        for index in range(1, len(owners)):  # in a fixed order: the sum depends on it
+            result += self._result(unit, num_rows, index)
+        return result
+
+    def _send(
+        self, owner: int, unit: PooledUnit, payload: Sequence[torch.Tensor], result_offset: int
+    ) -> None:
+        assert self._offsets is not None
+        inbox = self._inboxes.get(owner)
+        if inbox is None:
+            inbox = self._inboxes[owner] = RowsViews(self._mailbox.inbox_of(owner))
+        offset, num_rows = self._offsets[owner] * self.staging.row_bytes, len(payload[0])
+        for target, rows in zip(inbox.payload(unit, offset, num_rows), payload, strict=True):
+            target.copy_(rows)
+        self._mailbox.send(owner, unit.number, offset, num_rows, result_offset)
+
+    def _result(self, unit: PooledUnit, num_rows: int, index: int) -> torch.Tensor:
+        return self._results.view(index * self.staging.result_bytes, num_rows, unit.result)
 
     def _fall_back(self) -> None:
         self.counters.fallbacks += 1

@@ -1,4 +1,4 @@
-"""The owner's side of CaS: computes rows that other ranks send, whatever its scheduler does.
+"""The owner's side of CaS: computes what other ranks send, whatever its scheduler does.
 
 A thread of its own sleeps at the doorbell. Calls for the same unit that are there together are
 computed in one GEMM; nobody waits for ranks that send nothing.
@@ -8,12 +8,12 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from sidp_sgl.weightpool.cas.calls import Call, Calls, Outcome
+from sidp_sgl.weightpool.cas.mailbox import Call, Mailbox, Outcome
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowsViews
 
 logger = logging.getLogger(__name__)
@@ -32,19 +32,19 @@ class ServiceCounters:
     busy_seconds: float = 0.0
 
 
-class ComputeService:
-    """Serves `units` (number → unit; those of owned layers). `on_busy(start, end)`, in monotonic
+class Service:
+    """Serves `units` (number → unit; those of owned blocks). `on_busy(start, end)`, in monotonic
     seconds, is told how long each round of service took."""
 
     def __init__(
         self,
-        calls: Calls,
+        mailbox: Mailbox,
         units: Mapping[int, PooledUnit],
         on_busy: Callable[[float, float], None] = lambda start, end: None,
     ) -> None:
         self.counters = ServiceCounters()
-        self._calls = calls
-        self._inbox = RowsViews(calls.inbox)
+        self._mailbox = mailbox
+        self._inbox = RowsViews(mailbox.inbox)
         self._results: dict[int, RowsViews] = {}
         self._units = units
         self._on_busy = on_busy
@@ -56,14 +56,14 @@ class ComputeService:
 
     def close(self) -> None:
         self._stopped = True
-        self._calls.wake()
+        self._mailbox.wake()
         if self._thread.is_alive():
             self._thread.join(2 * _POLL_SECONDS)
 
     def _run(self) -> None:
-        with torch.inference_mode(), self._calls.serving():
+        with torch.inference_mode(), self._mailbox.serving():
             while not self._stopped:
-                calls = self._calls.receive(_POLL_SECONDS)
+                calls = self._mailbox.receive(_POLL_SECONDS)
                 if calls:
                     started = time.monotonic()
                     self.serve(calls)
@@ -83,33 +83,30 @@ class ComputeService:
                 logger.exception("rows for unit %d could not be computed", number)
                 self.counters.failed += len(together)
                 for call in together:
-                    self._calls.answer(call, Outcome.FAILED)
+                    self._mailbox.answer(call, Outcome.FAILED)
 
     def _results_of(self, requester: int) -> RowsViews:
         found = self._results.get(requester)
         if found is None:
-            found = self._results[requester] = RowsViews(self._calls.results_of(requester))
+            found = self._results[requester] = RowsViews(self._mailbox.results_of(requester))
         return found
 
     def _compute(self, unit: PooledUnit, calls: list[Call]) -> None:
-        inputs = [
-            self._inbox.view(call.offset, call.rows, unit.in_width, unit.dtype) for call in calls
-        ]
+        payloads = [self._inbox.payload(unit, call.offset, call.rows) for call in calls]
         targets = [
-            self._results_of(call.requester).view(0, call.rows, unit.out_width, unit.dtype)
+            self._results_of(call.requester).view(call.result_offset, call.rows, unit.result)
             for call in calls
         ]
         if len(calls) == 1:
-            staging = inputs[0]
-            outputs: Sequence[torch.Tensor] = [unit.compute(staging)]
+            outputs = [unit.partial(*payloads[0])]
         else:
-            staging = torch.cat(inputs)
-            outputs = unit.compute(staging).split([call.rows for call in calls])
+            merged = [torch.cat(parts) for parts in zip(*payloads, strict=True)]
+            outputs = list(unit.partial(*merged).split([call.rows for call in calls]))
         counters = self.counters
         counters.calls += len(calls)
         counters.gemms += 1
         counters.fused_gemms += len(calls) > 1
-        counters.rows_served += len(staging)
+        counters.rows_served += sum(call.rows for call in calls)
         for call, target, output in zip(calls, targets, outputs, strict=True):
             target.copy_(output)
-            self._calls.answer(call, Outcome.DONE)
+            self._mailbox.answer(call, Outcome.DONE)

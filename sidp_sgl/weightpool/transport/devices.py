@@ -1,9 +1,9 @@
-"""Which transport and which calls serve a rank's device."""
+"""Which transport and which mailbox serve a rank's device."""
 
-from sidp_sgl.weightpool.cas.calls import Calls
+from sidp_sgl.weightpool.cas.mailbox import Mailbox
 from sidp_sgl.weightpool.cas.staging import Staging
 from sidp_sgl.weightpool.transport.interface import Transport
-from sidp_sgl.weightpool.transport.shm.calls import ShmCalls
+from sidp_sgl.weightpool.transport.shm.mailbox import ShmMailbox
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
 
 PACED_SLICE = 16 << 20  # bytes; a fraction of a millisecond on the links of a GPU
@@ -24,14 +24,14 @@ def make_transport(device: str, link_bytes_per_second: float | None) -> Transpor
     return CudaTransport(LibCuda, copier)
 
 
-def make_calls(
+def make_mailbox(
     transport: Transport, rank: int, num_ranks: int, staging: Staging, graphs: bool
-) -> Calls:
-    """Calls between ranks whose blocks `transport` shares; after `transport.allocate`. `graphs`:
-    whether CUDA graphs may be made, on GPUs."""
+) -> Mailbox:
+    """For ranks whose blocks `transport` shares; after `transport.allocate`. `graphs`: whether CUDA
+    graphs may be made, on GPUs."""
     sizes = staging.inbox_bytes, staging.results_bytes
     if isinstance(transport, ShmTransport):
-        return ShmCalls(rank, num_ranks, *sizes)
+        return ShmMailbox(rank, num_ranks, *sizes)
     from sidp_sgl.weightpool.transport.cuda.calls import CudaCalls
     from sidp_sgl.weightpool.transport.cuda.transport import CudaTransport
 

@@ -34,34 +34,48 @@ class Stream(ABC):
         """Later work of this stream waits for the event's latest mark."""
 
 
+@dataclass(frozen=True)
+class PeerStripe:
+    """A stripe of a block in its owner's memory: `data` [num_bytes] uint8, not to be written, which
+    belongs at byte `offset` of the block."""
+
+    owner: int
+    data: torch.Tensor
+    offset: int = 0
+
+
 class CopyStream(Stream):
     """The stream that fetches."""
 
     @abstractmethod
-    def copy(self, target: torch.Tensor, source: "PeerBlock") -> None:
-        """Copy a peer's block into `target` (uint8, 1-D, same length)."""
+    def copy(self, target: torch.Tensor, source: PeerStripe) -> None:
+        """Copy a stripe into `target` (uint8, 1-D, same length)."""
 
     @abstractmethod
-    def take_turn(self, source: "PeerBlock") -> None:
+    def take_turn(self, source: PeerStripe) -> None:
         """Later work waits until the source's owner serves this rank and no other: an owner
         serves one reader at a time, first come, first served. Never for long: turns only make
         fetches faster, and no rank depends on another's progress."""
 
     @abstractmethod
-    def end_turn(self, source: "PeerBlock") -> None:
+    def end_turn(self, source: PeerStripe) -> None:
         """The owner may serve the next reader."""
+
+    def fetch(
+        self, slot: torch.Tensor, stripes: Sequence[PeerStripe], *, takes_turns: bool
+    ) -> None:
+        """Copy a block's `stripes` to their places in `slot`, in turns at their owners."""
+        for stripe in stripes:
+            target = slot[stripe.offset : stripe.offset + stripe.data.numel()]
+            if takes_turns:
+                self.take_turn(stripe)
+            self.copy(target, stripe)
+            if takes_turns:
+                self.end_turn(stripe)
 
     @abstractmethod
     def synchronize(self) -> None:
         """Block until all work is done; raises what went wrong in it."""
-
-
-@dataclass(frozen=True)
-class PeerBlock:
-    """A block in another rank's memory: `data` [num_bytes] uint8, not to be written."""
-
-    owner: int
-    data: torch.Tensor
 
 
 class Transport(ABC):

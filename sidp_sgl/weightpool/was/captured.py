@@ -2,23 +2,23 @@
 
 A graph's side streams must join before it ends, and a graph can't wait for what was recorded
 outside it. So a captured step begins and ends with the same slots filled, the prefetch for the next
-step's first layers included; only the slot that is released last is filled by the next step's
+step's first blocks included; only the slot that is released last is filled by the next step's
 beginning, for waiting for that fetch would lengthen every step by it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from sidp_sgl.weightpool.schedule import FetchSchedule
-from sidp_sgl.weightpool.transport.interface import Event, PeerBlock, Transport
+from sidp_sgl.weightpool.transport.interface import Event, PeerStripe, Transport
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One captured step. `entry`: slot → layer that it holds when the step begins, and again when
-    it ends; `first`: layers that are fetched at once; `after`: layer → layers that are fetched
+    """One captured step. `entry`: slot → block that it holds when the step begins, and again when
+    it ends; `first`: blocks that are fetched at once; `after`: block → blocks that are fetched
     when it has been computed; `next_position`: of the schedule's order, after the step."""
 
     entry: dict[int, int]
@@ -47,25 +47,25 @@ def plan_step(schedule: FetchSchedule) -> StepPlan:
     entry: dict[int, int] = {}
     for _ in range(2 + len(order)):  # steps until one ends as it began
         entry, begun = dict(holds), position
-        if schedule.resident:
+        if schedule.keeps_all:
             break
-        for layer in sorted(order):
-            assert holds.get(slot_of[layer]) == layer, "the schedule deadlocks"
-            del holds[slot_of[layer]]
-            after[layer] = issue()
+        for block in sorted(order):
+            assert holds.get(slot_of[block]) == block, "the schedule deadlocks"
+            del holds[slot_of[block]]
+            after[block] = issue()
         if (holds, position) == (entry, begun):
             break
     else:
         raise AssertionError("no steady step")
     put_off = after.pop(max(order)) if after else ()
-    for layer in put_off:
-        del entry[slot_of[layer]]
+    for block in put_off:
+        del entry[slot_of[block]]
     next_position = (position - len(put_off)) % max(len(order), 1)
     return StepPlan(entry, put_off, after, next_position)
 
 
 class CapturedStep:
-    """Captures one step: `begin`, `acquire` and `release` each layer that is fetched, `end`.
+    """Captures one step: `begin`, `acquire` and `release` each block that is fetched, `end`.
 
     All events are of its own: one that was recorded in a capture can't be waited for outside.
     """
@@ -74,20 +74,20 @@ class CapturedStep:
         self,
         transport: Transport,
         schedule: FetchSchedule,
-        blocks: Mapping[int, PeerBlock],
+        stripes: Mapping[int, Sequence[PeerStripe]],
         slots: Mapping[int, torch.Tensor],
         *,
-        ticketed: bool,
+        takes_turns: bool,
     ) -> None:
-        """`slots`: fetched layer → what its block is copied into."""
+        """`slots`: fetched block → the slot that it is copied into."""
         self.plan = plan_step(schedule)
         self._transport = transport
         self._slot_of = schedule.slot_of
-        self._blocks, self._slots = blocks, slots
-        self._ticketed = ticketed
+        self._stripes, self._slots = stripes, slots
+        self._takes_turns = takes_turns
         self._fork, self._join = transport.event(), transport.event()
-        self._ready = {layer: transport.event() for layer in schedule.order}
-        self._released = {layer: transport.event() for layer in schedule.order}
+        self._ready = {block: transport.event() for block in schedule.order}
+        self._released = {block: transport.event() for block in schedule.order}
         self._fetched: set[int] = set()
         self._last_release: dict[int, Event] = {}  # slot → in this step
 
@@ -97,18 +97,18 @@ class CapturedStep:
         self._last_release.clear()
         self._transport.compute_stream.record(self._fork)
         self._transport.copy_stream.wait(self._fork)
-        for layer in self.plan.first:
-            self._fetch(layer)
+        for block in self.plan.first:
+            self._fetch(block)
 
-    def acquire(self, layer: int) -> None:
-        if layer in self._fetched:
-            self._transport.compute_stream.wait(self._ready[layer])
+    def acquire(self, block: int) -> None:
+        if block in self._fetched:
+            self._transport.compute_stream.wait(self._ready[block])
 
-    def release(self, layer: int) -> None:
-        slot = self._slot_of[layer]
-        self._transport.compute_stream.record(self._released[layer])
-        self._last_release[slot] = self._released[layer]
-        for following in self.plan.after.get(layer, ()):
+    def release(self, block: int) -> None:
+        slot = self._slot_of[block]
+        self._transport.compute_stream.record(self._released[block])
+        self._last_release[slot] = self._released[block]
+        for following in self.plan.after.get(block, ()):
             self._fetch(following)
 
     def end(self) -> None:
@@ -116,15 +116,11 @@ class CapturedStep:
         self._transport.copy_stream.record(self._join)
         self._transport.compute_stream.wait(self._join)
 
-    def _fetch(self, layer: int) -> None:
-        stream, block = self._transport.copy_stream, self._blocks[layer]
-        released = self._last_release.get(self._slot_of[layer])
+    def _fetch(self, block: int) -> None:
+        stream = self._transport.copy_stream
+        released = self._last_release.get(self._slot_of[block])
         if released is not None:
             stream.wait(released)
-        if self._ticketed:
-            stream.take_turn(block)
-        stream.copy(self._slots[layer], block)
-        if self._ticketed:
-            stream.end_turn(block)
-        stream.record(self._ready[layer])
-        self._fetched.add(layer)
+        stream.fetch(self._slots[block], self._stripes[block], takes_turns=self._takes_turns)
+        stream.record(self._ready[block])
+        self._fetched.add(block)

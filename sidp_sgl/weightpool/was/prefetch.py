@@ -5,14 +5,14 @@ that a slot is not overwritten in use, nor read before it is ready, is ensured b
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from sidp_sgl.weightpool.schedule import FetchSchedule
-from sidp_sgl.weightpool.transport.interface import Event, PeerBlock, Transport
+from sidp_sgl.weightpool.transport.interface import Event, PeerStripe, Transport
 from sidp_sgl.weightpool.was.captured import CapturedStep, StepPlan, plan_step
 
 
@@ -23,7 +23,7 @@ class Slot:
     memory: torch.Tensor  # [num_bytes] uint8
     ready: Event
     released: Event
-    layer: int | None = None  # what it holds or is being filled with
+    block: int | None = None  # what it holds or is being filled with
     free: bool = True  # the host may enqueue the next fetch
 
 
@@ -34,7 +34,7 @@ class FetchCounters:
     fetches: int = 0
     bytes: int = 0
     stall_seconds: float = 0.0  # time that the compute waited for a fetch
-    resyncs: int = 0  # layers asked for out of order, e.g. after a step that was cut short
+    resyncs: int = 0  # blocks asked for out of order, e.g. after a step that was cut short
     replays: int = 0  # steps that were CUDA graphs
 
 
@@ -45,16 +45,21 @@ class Prefetcher:
         self,
         transport: Transport,
         schedule: FetchSchedule,
-        blocks: Mapping[int, PeerBlock],
+        stripes: Mapping[int, Sequence[PeerStripe]],
         slot_bytes: int,
         *,
-        ticketed: bool,
+        rank: int,
+        takes_turns: bool,
     ) -> None:
         self.counters = FetchCounters()
         self._transport = transport
         self._schedule = schedule
-        self._blocks = blocks
-        self._ticketed = ticketed
+        self._stripes = stripes
+        self._missing_bytes = {
+            block: sum(stripe.data.numel() for stripe in parts if stripe.owner != rank)
+            for block, parts in stripes.items()
+        }
+        self._takes_turns = takes_turns
         self._next = 0  # position in schedule.order of the next fetch
         self._is_replayed = False  # whether the latest step was a graph
         self.slots = [
@@ -66,8 +71,8 @@ class Prefetcher:
             for _ in range(schedule.num_slots)
         ]
 
-    def slot_of(self, layer: int) -> Slot:
-        return self.slots[self._schedule.slot_of[layer]]
+    def slot_of(self, block: int) -> Slot:
+        return self.slots[self._schedule.slot_of[block]]
 
     def start(self) -> None:
         """Begin to fill the slots."""
@@ -75,12 +80,9 @@ class Prefetcher:
 
     def capture(self) -> CapturedStep:
         """What enqueues one step's fetches into a graph instead; the state here stays as it is."""
-        slots = {
-            layer: self.slot_of(layer).memory[: self._blocks[layer].data.numel()]
-            for layer in self._schedule.order
-        }
+        slots = {block: self.slot_of(block).memory for block in self._schedule.order}
         return CapturedStep(
-            self._transport, self._schedule, self._blocks, slots, ticketed=self._ticketed
+            self._transport, self._schedule, self._stripes, slots, takes_turns=self._takes_turns
         )
 
     @cached_property
@@ -90,12 +92,11 @@ class Prefetcher:
     @cached_property
     def _replayed_bytes(self) -> int:
         """Fetched by one captured step."""
-        order = () if self._schedule.resident else self._schedule.order
-        return sum(self._blocks[layer].data.numel() for layer in order)
+        return 0 if self._schedule.keeps_all else sum(self._missing_bytes.values())
 
     def begin_replay(self) -> None:
         """A captured step is about to be launched on the compute stream. After the first of them
-        in a row there is nothing to do, whatever the number of layers."""
+        in a row there is nothing to do, whatever the number of blocks."""
         if not self._is_replayed:
             self._is_replayed = True
             self._prepare_replays()
@@ -107,12 +108,12 @@ class Prefetcher:
     def _prepare_replays(self) -> None:
         """Let the slots hold what a captured step begins with, once the compute stream is here."""
         entry = self._plan.entry
-        if any(self.slots[slot].layer != layer for slot, layer in entry.items()):
+        if any(self.slots[slot].block != block for slot, block in entry.items()):
             self._restart_at(self._schedule.order[0])
-        assert all(self.slots[slot].layer == layer for slot, layer in entry.items())
+        assert all(self.slots[slot].block == block for slot, block in entry.items())
         for number, slot in enumerate(self.slots):
             self._transport.compute_stream.wait(slot.ready)
-            slot.layer = entry.get(number)
+            slot.block = entry.get(number)
 
     def _end_replays(self) -> None:
         """Go on from where the latest replayed step ends, once the compute stream gets there."""
@@ -121,27 +122,27 @@ class Prefetcher:
         self._is_replayed = False
         self._next = self._plan.next_position
         for slot in self.slots:
-            slot.free = slot.layer is None
+            slot.free = slot.block is None
             self._transport.compute_stream.record(slot.released)
             self._transport.compute_stream.record(slot.ready)
         self._fill()
 
-    def acquire(self, layer: int) -> None:
-        """The compute stream may read the slot of `layer` once this returns (or, on a GPU, once
+    def acquire(self, block: int) -> None:
+        """The compute stream may read the slot of `block` once this returns (or, on a GPU, once
         its stream gets here)."""
         self._end_replays()
-        slot = self.slot_of(layer)
-        if slot.layer != layer:
-            self._restart_at(layer)
+        slot = self.slot_of(block)
+        if slot.block != block:
+            self._restart_at(block)
         started = time.perf_counter()
         self._transport.compute_stream.wait(slot.ready)
         self.counters.stall_seconds += time.perf_counter() - started
 
-    def release(self, layer: int) -> None:
-        """The compute stream is through with `layer`: its slot takes the next fetch."""
-        if self._schedule.resident:
+    def release(self, block: int) -> None:
+        """The compute stream is through with `block`: its slot takes the next fetch."""
+        if self._schedule.keeps_all:
             return
-        slot = self.slot_of(layer)
+        slot = self.slot_of(block)
         self._transport.compute_stream.record(slot.released)
         slot.free = True
         self._fill()
@@ -152,25 +153,21 @@ class Prefetcher:
             self._fetch(order[self._next])
             self._next = (self._next + 1) % len(order)
 
-    def _fetch(self, layer: int) -> None:
-        slot, block, stream = self.slot_of(layer), self._blocks[layer], self._transport.copy_stream
-        slot.layer, slot.free = layer, False
+    def _fetch(self, block: int) -> None:
+        slot, stream = self.slot_of(block), self._transport.copy_stream
+        slot.block, slot.free = block, False
         stream.wait(slot.released)
-        if self._ticketed:
-            stream.take_turn(block)
-        stream.copy(slot.memory[: block.data.numel()], block)
-        if self._ticketed:
-            stream.end_turn(block)
+        stream.fetch(slot.memory, self._stripes[block], takes_turns=self._takes_turns)
         stream.record(slot.ready)
         self.counters.fetches += 1
-        self.counters.bytes += block.data.numel()
+        self.counters.bytes += self._missing_bytes[block]
 
-    def _restart_at(self, layer: int) -> None:
-        """Drop what was prefetched and start anew with `layer`. Nothing is in use now; copies
+    def _restart_at(self, block: int) -> None:
+        """Drop what was prefetched and start anew with `block`. Nothing is in use now; copies
         under way finish first, since the copy stream is in order."""
         self.counters.resyncs += 1
         for slot in self.slots:
             self._transport.compute_stream.record(slot.released)
-            slot.free, slot.layer = True, None
-        self._next = self._schedule.restart_position(layer)
+            slot.free, slot.block = True, None
+        self._next = self._schedule.restart_position(block)
         self._fill()

@@ -142,7 +142,6 @@ def test_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ([*PLAN, "--tp", "2", "--dp", "2"], "--dp 2"),
         ([*PLAN, "--num-gpus", "3", "--tp", "3"], "--tp 3 does not divide"),
         ([*PLAN, "--slots", "0"], "--slots"),
-        ([*PLAN, "--slots", "2", "--prefetch-order", "shifted"], "--slots 2"),
         ([*PLAN, "--pool", "all"], "--pool"),
         ([*PLAN, "--dtype", "int4"], "--dtype"),
         ([*PLAN, "--hbm-gbps", "-1"], "--hbm-gbps"),

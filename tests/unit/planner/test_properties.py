@@ -57,10 +57,11 @@ def test_what_sidp_saves(
     node = Node(shape, machine, 8, pool=pool, slots=num_slots)
     deployment = sidp(node, split)
     memory, blocks = deployment.memory, deployment.group.blocks
-    owned = deployment.group.owned_bytes()
+    placement = deployment.group.placement
+    owned = [placement.owned_bytes(rank) for rank in range(split[1])]
     assert sum(owned) == sum(blocks) == memory.pooled_bytes
     held = -(-shape.num_layers // split[1])
-    kept = held + deployment.group.pooling.num_slots(shape.num_layers)
+    kept = held + max(map(placement.slots, range(split[1])))
     saved = sidp(node, split, REPLICAS).memory.weight_bytes() - memory.weight_bytes()
     assert saved == (shape.num_layers - kept) * blocks[0] - memory.staging_bytes
     assert saved > -memory.staging_bytes - blocks[0] * held
@@ -144,7 +145,7 @@ def test_a_slot_for_every_layer_leaves_nothing_to_fetch() -> None:
     node = Node(load_model("Qwen3-8B"), Machine.from_gpu(GPUS[0]), 4, slots=36)
     group = sidp(node, (1, 4)).group
     work = Work.decode(1, 100)
-    assert group.pooling.num_slots(36) == 27
+    assert group.placement.slots(0) == 27
     assert group.fetch_seconds == 0
     assert group.was_seconds(work) == group.rank.compute_seconds(work)
 
@@ -153,13 +154,20 @@ def test_a_slot_for_every_layer_leaves_nothing_to_fetch() -> None:
 @given(
     st.integers(2, 8),
     st.integers(8, 40),
-    st.sampled_from([("ticketed", 3), ("ticketed", 1), ("sequential", 2), ("shifted", 8)]),
+    st.sampled_from(
+        [
+            (3, "sequential", True),
+            (1, "sequential", True),
+            (2, "sequential", False),
+            (8, "shifted", False),
+        ]
+    ),
     st.sampled_from(["interleaved", "contiguous"]),
 )
 def test_factor_of_the_prefetch(
-    num_ranks: int, num_layers: int, order: tuple[str, int], placement: str
+    num_ranks: int, num_layers: int, fetches: tuple[int, str, bool], placement: str
 ) -> None:
-    prefetch = Prefetch(num_ranks, num_layers, order[0], order[1], placement)
+    prefetch = Prefetch(num_ranks, num_layers, *fetches, placement)
     loads = sorted({*LOADS, 0.01, 0.7, 0.999, 1.7, 2.5, 10.0})
     factors = [was_factor(prefetch, load) for load in loads]
     assert factors == sorted(factors)
@@ -169,7 +177,9 @@ def test_factor_of_the_prefetch(
 
 def test_the_default_order_hides_fetches_up_to_a_full_link() -> None:
     for num_ranks in (2, 4, 8):
-        assert was_factor(Prefetch(num_ranks, 64, "ticketed", 3, "interleaved"), 0.85) < 1.05
+        assert (
+            was_factor(Prefetch(num_ranks, 64, 3, "sequential", True, "interleaved"), 0.85) < 1.05
+        )
 
 
 def test_experts_that_are_read() -> None:

@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from sidp_sgl.weightpool.cas.requester import RemoteUnits
+from sidp_sgl.weightpool.cas.requester import Requester
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
-from tests.support.cas import compute_groups, make_rows
+from tests.support.cas import endpoints, make_rows, rows_unit
 from tests.support.pools import Group, RankUnderTest, layer_tensors, run_group
 
 IN_WIDTH, OUT_WIDTH = 8, 40
@@ -24,9 +24,7 @@ def make_unit(layer: int, number: int, is_last: bool, get_weight) -> PooledUnit:
     def compute(rows: torch.Tensor) -> torch.Tensor:
         return rows @ get_weight().float().t()
 
-    return PooledUnit(
-        number, layer, is_last, IN_WIDTH, OUT_WIDTH, torch.float32, compute, compute, lambda r: r
-    )
+    return rows_unit(number, layer, IN_WIDTH, OUT_WIDTH, compute, is_last=is_last)
 
 
 def owner_units(num_layers: int) -> list[PooledUnit]:
@@ -41,7 +39,7 @@ def leases(group: Group, rank: int) -> dict[int, int]:
 class ModesAtRandom:
     """A rank's script: steps in random modes, some of which lose an owner in the middle."""
 
-    def __init__(self, group: Group, rank: int, remote: RemoteUnits) -> None:
+    def __init__(self, group: Group, rank: int, remote: Requester) -> None:
         self.group, self.rank, self.remote = group, rank, remote
         self.wrong: list[tuple[int, int]] = []
         self.sent = 0
@@ -60,18 +58,18 @@ class ModesAtRandom:
             if is_cas:
                 self.remote.begin_step(leases(self.group, self.rank), num_rows)
             for unit in units:
-                if unit.layer == fails_at and self.remote.is_active:
+                if unit.block == fails_at and self.remote.is_active:
                     self.remote._fall_back()  # as after a silence
-                if self.remote.is_active and not rank.pool.holds(unit.layer):
+                if self.remote.is_active and not rank.pool.holds(unit.block):
                     self.sent += num_rows
                 rows = make_rows(num_rows, seed=step)[:, :IN_WIDTH]
-                expected = rows @ weight(unit.layer).t()
+                expected = rows @ weight(unit.block).t()
                 if not torch.equal(execution.run(unit, rows), expected):
-                    self.wrong.append((step, unit.layer))
+                    self.wrong.append((step, unit.block))
             self.remote.end_step()
 
 
-@pytest.mark.parametrize("order", ["sequential", "shifted", "ticketed"])
+@pytest.mark.parametrize("order", ["sequential", "shifted"])
 @pytest.mark.parametrize("num_ranks,num_layers,num_slots", [(2, 7, None), (3, 8, 1), (4, 9, 3)])
 def test_results_are_right_whatever_the_modes(
     order: str, num_ranks: int, num_layers: int, num_slots: int | None
@@ -82,8 +80,8 @@ def test_results_are_right_whatever_the_modes(
     def run(rank: RankUnderTest) -> None:
         scripts[rank.pool.rank](rank)
 
-    with compute_groups(num_ranks, owner_units(num_layers), group.owners()) as groups:
-        scripts += [ModesAtRandom(group, n, part.remote) for n, part in enumerate(groups)]
+    with endpoints(num_ranks, owner_units(num_layers), group.owners()) as groups:
+        scripts += [ModesAtRandom(group, n, part.requester) for n, part in enumerate(groups)]
         run_group(group, run)
         assert [script.wrong for script in scripts] == [[]] * num_ranks
         sent = [part.counters()["rows_sent"] for part in groups]
@@ -96,7 +94,7 @@ def test_slots_stay_as_they_are_through_cas_steps() -> None:
     group = Group(2, 8)
     seen = {}
 
-    with compute_groups(2, owner_units(8), group.owners()) as groups:
+    with endpoints(2, owner_units(8), group.owners()) as groups:
 
         def run(rank: RankUnderTest) -> None:
             if rank.pool.rank:
@@ -104,18 +102,18 @@ def test_slots_stay_as_they_are_through_cas_steps() -> None:
             units = [
                 make_unit(n, n, True, lambda n=n: rank.views[n]["down.weight"]) for n in range(8)
             ]
-            execution = UnitExecution(rank.pool, groups[0].remote)
+            execution = UnitExecution(rank.pool, groups[0].requester)
             rows = make_rows(2)[:, :IN_WIDTH]
 
             def step(is_cas: bool) -> tuple[int, int]:
                 counters = rank.pool.prefetcher.counters
-                fetches, sent = counters.fetches, groups[0].remote.counters.rows_sent
+                fetches, sent = counters.fetches, groups[0].requester.counters.rows_sent
                 if is_cas:
-                    groups[0].remote.begin_step(leases(group, 0), 2)
+                    groups[0].requester.begin_step(leases(group, 0), 2)
                 for unit in units:
                     execution.run(unit, rows)
-                groups[0].remote.end_step()
-                return counters.fetches - fetches, groups[0].remote.counters.rows_sent - sent
+                groups[0].requester.end_step()
+                return counters.fetches - fetches, groups[0].requester.counters.rows_sent - sent
 
             seen["steps"] = [step(mode) for mode in (False, True, True, False, True)]
             seen["resyncs"] = rank.pool.prefetcher.counters.resyncs
@@ -135,17 +133,17 @@ def test_several_units_of_a_layer_share_its_slot() -> None:
         make_unit(layer, n, part == 1, lambda layer=layer: weight(layer))
         for n, (layer, part) in enumerate(numbering)
     ]
-    with compute_groups(2, served, owners) as groups:
+    with endpoints(2, served, owners) as groups:
 
         def run(rank: RankUnderTest) -> None:
-            execution = UnitExecution(rank.pool, groups[rank.pool.rank].remote)
+            execution = UnitExecution(rank.pool, groups[rank.pool.rank].requester)
             units = [
                 make_unit(layer, n, part == 1, lambda n=layer: rank.views[n]["down.weight"])
                 for n, (layer, part) in enumerate(numbering)
             ]
             random_ = random.Random(rank.pool.rank)
             for _ in range(40):
-                remote = groups[rank.pool.rank].remote
+                remote = groups[rank.pool.rank].requester
                 if random_.random() < 0.5:
                     remote.begin_step(leases(group, rank.pool.rank), 3)
                 fails_at = random_.randrange(2 * len(units))
@@ -153,7 +151,7 @@ def test_several_units_of_a_layer_share_its_slot() -> None:
                     if n == fails_at and remote.is_active:
                         remote._fall_back()  # also between two units of a layer
                     rows = make_rows(3, seed=n)[:, :IN_WIDTH]
-                    if not torch.equal(execution.run(unit, rows), rows @ weight(unit.layer).t()):
+                    if not torch.equal(execution.run(unit, rows), rows @ weight(unit.block).t()):
                         wrong.append(n)
                 remote.end_step()
 

@@ -28,41 +28,45 @@ def expected_host(group: Group, rank: int, num_steps: int) -> HostModel:
 
 def check(group: Group, results: list[Result], num_steps: int) -> None:
     sizes = [layer_bytes(layer) for layer in range(group.num_layers)]
-    layer_owners = group.owners()
     for rank, result in enumerate(results):
         assert result.wrong == []
-        host = expected_host(group, rank, num_steps)
+        host, placement = expected_host(group, rank, num_steps), result.placement
+        missing = [
+            sum(s.num_bytes for s in placement.blocks[layer] if s.owner != rank)
+            for layer in range(group.num_layers)
+        ]
         assert result.counters.fetches == len(host.issued)
-        assert result.counters.bytes == sum(sizes[layer] for layer in host.issued)
+        assert result.counters.bytes == sum(missing[layer] for layer in host.issued)
         assert result.counters.resyncs == 0
-        owned = sum(sizes[layer] for layer, owner in enumerate(layer_owners) if owner == rank)
-        assert result.sizes.owned_bytes == owned
-        assert result.sizes.pooled_bytes == sum(sizes)
-        fetched = [sizes[layer] for layer in host.schedule.order]
-        assert result.sizes.cache_bytes == host.schedule.num_slots * max(fetched, default=0)
+        assert placement == group.placement()
+        assert placement.pooled_bytes == sum(sizes)
+        assert result.cache_bytes == placement.cache_bytes(rank)
 
 
-# Ranks, layers (fewer than ranks, not divisible), orders, placements, slots (None: the default).
+# Fewer layers than ranks, not divisible; orders, placements, slots (None: the default), stripes.
 GROUPS = [
-    Group(2, 7, "sequential", "interleaved", 1),
-    Group(2, 7, "ticketed", "contiguous", 2),
-    Group(2, 7, "shifted", "interleaved", None),
-    Group(3, 7, "sequential", "contiguous", 3),
-    Group(3, 7, "ticketed", "interleaved", 50),
-    Group(3, 7, "shifted", "contiguous", None),
-    Group(4, 8, "sequential", "interleaved", 50),
-    Group(4, 8, "ticketed", "contiguous", 1),
-    Group(4, 8, "ticketed", "interleaved", 3),
-    Group(4, 8, "shifted", "interleaved", 6),
-    Group(4, 3, "sequential", "contiguous", 2),
-    Group(4, 3, "ticketed", "interleaved", None),
-    Group(4, 3, "shifted", "contiguous", 50),
-    Group(8, 13, "sequential", "interleaved", 7),
-    Group(8, 13, "ticketed", "contiguous", 3),
-    Group(8, 13, "shifted", "interleaved", None),
-    Group(5, 1, "sequential", "contiguous", 1),
-    Group(5, 1, "ticketed", "interleaved", None),
-    Group(2, 2, "ticketed", "interleaved", 1),
+    Group(2, 7, num_slots=1, turns=False),
+    Group(2, 7, kind="contiguous", num_slots=2),
+    Group(2, 7, "shifted", turns=False),
+    Group(3, 7, kind="contiguous", num_slots=3, turns=False),
+    Group(3, 7, num_slots=50),
+    Group(3, 7, "shifted", "contiguous", turns=False),
+    Group(4, 8, num_slots=50, turns=False),
+    Group(4, 8, kind="contiguous", num_slots=1),
+    Group(4, 8, num_slots=3),
+    Group(4, 8, "shifted", num_slots=6, turns=False),
+    Group(4, 3, kind="contiguous", num_slots=2, turns=False),
+    Group(4, 3),
+    Group(4, 3, "shifted", "contiguous", 50, turns=False),
+    Group(8, 13, num_slots=7, turns=False),
+    Group(8, 13, kind="contiguous", num_slots=3),
+    Group(8, 13, "shifted", turns=False),
+    Group(5, 1, kind="contiguous", num_slots=1, turns=False),
+    Group(5, 1),
+    Group(2, 2, num_slots=1),
+    Group(2, 5, stripes=True),
+    Group(3, 7, num_slots=1, stripes=True, turns=False),
+    Group(4, 6, num_slots=50, stripes=True),
 ]
 
 
@@ -79,20 +83,22 @@ def test_every_use_of_a_layer_sees_its_bytes(group: Group, kind: str) -> None:
     check(group, results, STEPS)
 
 
-@pytest.mark.parametrize("order", ["sequential", "shifted", "ticketed"])
-def test_over_a_paced_link(order: str) -> None:
-    group = Group(4, 9, order)
+@pytest.mark.parametrize(
+    ("order", "turns"), [("sequential", False), ("shifted", False), ("sequential", True)]
+)
+def test_over_a_paced_link(order: str, turns: bool) -> None:
+    group = Group(4, 9, order, turns=turns)
     results = run_group(group, lambda rank: rank.run_steps(2), lambda rank: ShmTransport(2e6))
     check(group, results, 2)
     assert all(result.counters.stall_seconds > 0 for result in results)
 
 
 HAZARDOUS = [
-    Group(2, 7, "ticketed", num_slots=1),
-    Group(3, 8, "ticketed", num_slots=2),
-    Group(4, 9, "ticketed", num_slots=3),
-    Group(4, 9, "shifted"),
-    Group(3, 7, "sequential", "contiguous", 2),
+    Group(2, 7, num_slots=1),
+    Group(3, 8, num_slots=2),
+    Group(4, 9, num_slots=3),
+    Group(4, 9, "shifted", turns=False),
+    Group(3, 7, kind="contiguous", num_slots=2, turns=False),
 ]
 
 
@@ -146,7 +152,12 @@ def cut_short(num_layers: int, seed: int) -> list[list[tuple[str, int]]]:
     return [*steps, whole, whole]
 
 
-CUT_SHORT = [Group(3, 8), Group(4, 9, "shifted"), Group(2, 7, "sequential", num_slots=1)]
+CUT_SHORT = [
+    Group(3, 8),
+    Group(4, 9, "shifted", turns=False),
+    Group(2, 7, num_slots=1, turns=False),
+    Group(3, 6, stripes=True),
+]
 
 
 @pytest.mark.parametrize("seed", range(4))

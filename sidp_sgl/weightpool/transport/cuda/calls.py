@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from sidp_sgl.weightpool.alignment import align
-from sidp_sgl.weightpool.cas.mailbox import WordCalls
+from sidp_sgl.weightpool.cas.mailbox import Mailbox
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver
 from sidp_sgl.weightpool.transport.cuda.graphed_units import graphed
@@ -21,7 +21,7 @@ from sidp_sgl.weightpool.transport.cuda.memory import PeerMemory, SharedMemory
 from sidp_sgl.weightpool.transport.timer_slack import sleep_exactly
 
 
-class CudaCalls(WordCalls):
+class CudaCalls(Mailbox):
     """One GPU rank's end. `inbox_bytes` and `results_bytes` are the same on all ranks; `graphs`:
     whether the service's units become CUDA graphs."""
 
@@ -43,7 +43,7 @@ class CudaCalls(WordCalls):
         self.inbox = self._memory.data[:inbox_bytes]
         self.results = self._memory.data[align(inbox_bytes) :]
         self._stream = driver.create_stream()  # of the service
-        self._peers: list[PeerMemory] = []
+        self._peer_memory: list[PeerMemory] = []
         self._words: dict[int, tuple[int, int]] = {}  # peer → host's and device's address
 
     def export(self) -> list[int]:
@@ -52,11 +52,11 @@ class CudaCalls(WordCalls):
 
     def connect(self, peer: int, file_descriptors: Sequence[int]) -> None:
         memory = PeerMemory(self._driver, peer, list(file_descriptors[:2]))
-        self._peers.append(memory)
+        self._peer_memory.append(memory)
         data = memory.data
         results = data[align(self._inbox_bytes) :]
         self._add_peer(peer, file_descriptors[2:], data[: self._inbox_bytes], results)
-        words = self._bells[peer].map
+        words = self._peers[peer].map
         address = ctypes.addressof(ctypes.c_char.from_buffer(words))
         self._words[peer] = address, self._driver.register_host(address, len(words))
 
@@ -91,7 +91,7 @@ class CudaCalls(WordCalls):
         self._driver.synchronize()
         for address, _ in self._words.values():
             self._driver.unregister_host(address)
-        for memory in self._peers:
+        for memory in self._peer_memory:
             memory.close()
         self._memory.close()
         self._driver.destroy_stream(self._stream)

@@ -11,7 +11,7 @@ from sidp_sgl.weightpool.transport.interface import (
     WAIT_SECONDS,
     CopyStream,
     Event,
-    PeerBlock,
+    PeerStripe,
     Stream,
     TransportError,
 )
@@ -93,7 +93,7 @@ class CudaCopyStream(CopyStream):
         assert isinstance(event, CudaEvent)
         self._driver.wait(self.handle, event.handle)
 
-    def copy(self, target: torch.Tensor, source: PeerBlock) -> None:
+    def copy(self, target: torch.Tensor, source: PeerStripe) -> None:
         assert target.numel() == source.data.numel(), "a block fits its slot"
         rate, size = self._copier.bytes_per_second, self._copier.slice_bytes or target.numel()
         if self._copier.programs and not self._copier.slice_bytes:
@@ -117,11 +117,11 @@ class CudaCopyStream(CopyStream):
     def _pace(self, seconds: float) -> None:
         self._driver.run(self.handle, lambda: copies.wait_until(self._clock, seconds))
 
-    def take_turn(self, source: PeerBlock) -> None:
+    def take_turn(self, source: PeerStripe) -> None:
         if source.owner in self._ports:
             self._driver.run(self.handle, self._ports[source.owner].take_turn)
 
-    def end_turn(self, source: PeerBlock) -> None:
+    def end_turn(self, source: PeerStripe) -> None:
         if source.owner in self._ports:
             self._driver.run(self.handle, self._ports[source.owner].end_turn)
 

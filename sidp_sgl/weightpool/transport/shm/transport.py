@@ -16,7 +16,7 @@ from sidp_sgl.weightpool.transport.interface import (
     WAIT_SECONDS,
     CopyStream,
     Event,
-    PeerBlock,
+    PeerStripe,
     Stream,
     Transport,
     TransportError,
@@ -108,12 +108,12 @@ class ShmCopyStream(CopyStream):
         mark = event.recorded
         self._enqueue(lambda: event.wait_for(mark, lambda: None))
 
-    def copy(self, target: torch.Tensor, source: PeerBlock) -> None:
+    def copy(self, target: torch.Tensor, source: PeerStripe) -> None:
         self._enqueue(lambda: self._copy(target, source))
 
-    def _copy(self, target: torch.Tensor, source: PeerBlock) -> None:
-        port = self._ports[source.owner]
-        if not port.paced:
+    def _copy(self, target: torch.Tensor, source: PeerStripe) -> None:
+        port = self._ports.get(source.owner)  # none to this rank's own memory
+        if port is None or not port.paced:
             target.copy_(source.data)
             return
         # In its turn a reader has the link to itself; without one, readers alternate.
@@ -123,14 +123,16 @@ class ShmCopyStream(CopyStream):
             piece.copy_(source.data[start : start + size])
             port.pace(piece.numel())
 
-    def take_turn(self, source: PeerBlock) -> None:
-        self._enqueue(lambda: self._take_turn(self._ports[source.owner]))
+    def take_turn(self, source: PeerStripe) -> None:
+        if source.owner in self._ports:
+            self._enqueue(lambda: self._take_turn(self._ports[source.owner]))
 
     def _take_turn(self, port: OwnerPort) -> None:
         self._has_turn = port.take_turn()
 
-    def end_turn(self, source: PeerBlock) -> None:
-        self._enqueue(lambda: self._end_turn(self._ports[source.owner]))
+    def end_turn(self, source: PeerStripe) -> None:
+        if source.owner in self._ports:
+            self._enqueue(lambda: self._end_turn(self._ports[source.owner]))
 
     def _end_turn(self, port: OwnerPort) -> None:
         if self._has_turn:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sidp_sgl.sglang_hooks.cuda.graphs import GraphHooks
-from sidp_sgl.weightpool.cas.requester import RemoteUnits
+from sidp_sgl.weightpool.cas.requester import Requester
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
-from tests.support.cas import compute_groups
+from tests.support.cas import endpoints, rows_unit
 from tests.support.pools import Group, RankUnderTest, layer_tensors, run_group
 from tests.support.torch_graph import RecordedGraph
 
@@ -30,9 +30,7 @@ def make_unit(layer: int, get_weight: Any) -> PooledUnit:
     def compute(rows: torch.Tensor) -> torch.Tensor:
         return rows @ get_weight().float().t()
 
-    return PooledUnit(
-        layer, layer, True, WIDTH, OUT_WIDTH, torch.float32, compute, compute, lambda rows: rows
-    )
+    return rows_unit(layer, layer, WIDTH, OUT_WIDTH, compute)
 
 
 def model(run: Any, units: list[PooledUnit], rows: torch.Tensor) -> torch.Tensor:
@@ -43,7 +41,7 @@ def model(run: Any, units: list[PooledUnit], rows: torch.Tensor) -> torch.Tensor
 
 def expected(num_layers: int, rows: torch.Tensor) -> torch.Tensor:
     units = [make_unit(n, lambda n=n: layer_tensors(n)["down.weight"]) for n in range(num_layers)]
-    return model(lambda unit, x: unit.compute(x), units, rows)
+    return model(lambda unit, x: unit.partial(x), units, rows)
 
 
 class Backend:
@@ -57,7 +55,7 @@ class Engine:
     """A rank's decode steps, with graphs of all sizes for both modes. A WaS step's fetches are
     another test's: here such steps are eager."""
 
-    def __init__(self, group: Group, rank: RankUnderTest, remote: RemoteUnits | None) -> None:
+    def __init__(self, group: Group, rank: RankUnderTest, remote: Requester | None) -> None:
         self.group, self.rank, self.remote = group, rank, remote
         self.execution = UnitExecution(rank.pool, remote)
         self.hooks = GraphHooks(rank.pool, self.execution)
@@ -107,11 +105,11 @@ def test_results_are_right_whatever_the_modes(
     owner_units = [
         make_unit(n, lambda n=n: layer_tensors(n)["down.weight"]) for n in range(num_layers)
     ]
-    with compute_groups(num_ranks, owner_units, group.owners()) as groups:
+    with endpoints(num_ranks, owner_units, group.owners()) as groups:
 
         def run(rank: RankUnderTest) -> None:
             number = rank.pool.rank
-            dice, remote = random.Random(number), groups[number].remote
+            dice, remote = random.Random(number), groups[number].requester
             engine = Engine(group, rank, remote)
             call = remote.call
 
@@ -142,12 +140,12 @@ def test_own_layers_are_in_the_graphs_and_others_between_them() -> None:
     group = Group(2, 8)
     units = [make_unit(n, lambda n=n: layer_tensors(n)["down.weight"]) for n in range(8)]
     seen = {}
-    with compute_groups(2, units, group.owners()) as groups:
+    with endpoints(2, units, group.owners()) as groups:
 
         def run(rank: RankUnderTest) -> None:
             if rank.pool.rank:
                 return
-            engine = Engine(group, rank, groups[0].remote)
+            engine = Engine(group, rank, groups[0].requester)
             seen["fetches"] = rank.pool.prefetcher.counters.fetches
             seen["graphs"] = engine.hooks._cas._graphs
             engine.step(torch.randn(3, WIDTH), leases(group, 0))
@@ -167,7 +165,7 @@ def test_own_layers_are_in_the_graphs_and_others_between_them() -> None:
 
 def make_slots(group: Group) -> int:
     """Layers that lie in slots from the start."""
-    return min(group.slots(), group.num_layers // 2)
+    return min(group.placement().num_slots, group.num_layers // 2)
 
 
 def test_a_group_without_calls_captures_none() -> None:

@@ -10,9 +10,16 @@ from torch import nn
 from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.model import placeholders
-from sidp_sgl.sglang_hooks.model.units import Unit, find_units, pooled_unit
+from sidp_sgl.sglang_hooks.model.units import Unit, find_blocks, pooled_unit
+from sidp_sgl.weightpool.alignment import align
+from sidp_sgl.weightpool.cas.unit import RowType
 
 HIDDEN, WIDE = 8, 24
+
+
+class Unquantised:
+    def apply(self, linear: nn.Module, rows: torch.Tensor, bias: object = None) -> torch.Tensor:
+        return rows @ linear.weight.t()
 
 
 class Linear(LinearBase):
@@ -21,7 +28,8 @@ class Linear(LinearBase):
     def __init__(self, input_size: int, output_size: int) -> None:
         nn.Module.__init__(self)
         self.input_size, self.output_size = input_size, output_size
-        self.params_dtype, self.skip_bias_add = torch.float32, False
+        self.params_dtype, self.skip_bias_add, self.bias = torch.float32, False, None
+        self.quant_method = Unquantised()
         weight = torch.arange(output_size * input_size).view(output_size, input_size) % 7 - 3.0
         self.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -79,19 +87,21 @@ def decoder_layer(**more: nn.Module) -> nn.Module:
 
 def test_ffn_pools_the_ffn_only() -> None:
     layer = decoder_layer()
-    (unit,) = find_units(layer, 0, "ffn")
+    ((unit,),) = find_blocks(layer, 0, "ffn")
     assert unit.name == "mlp"
     assert unit.module is layer.mlp
 
 
 def test_linear_pools_the_projections_in_the_order_of_the_forward_pass() -> None:
-    names = [unit.name for unit in find_units(decoder_layer(), 0, "linear")]
+    names = [
+        unit.name for (units,) in [find_blocks(decoder_layer(), 0, "linear")] for unit in units
+    ]
     assert names == ["self_attn.qkv_proj", "self_attn.o_proj", "mlp"]
 
 
 def test_the_names_of_modules_do_not_matter() -> None:
     layer = module(attention=attention(), feed_forward=ffn())
-    assert [unit.name for unit in find_units(layer, 0, "ffn")] == ["feed_forward"]
+    assert [unit.name for (unit,) in find_blocks(layer, 0, "ffn")] == ["feed_forward"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +123,7 @@ def test_the_names_of_modules_do_not_matter() -> None:
 )
 def test_other_layers_are_refused_in_one_line(layer: nn.Module, reason: str) -> None:
     with pytest.raises(SidpError, match=reason) as raised:
-        find_units(layer, 3, "ffn")
+        find_blocks(layer, 3, "ffn")
     assert "\n" not in str(raised.value)
 
 
@@ -131,7 +141,7 @@ NAME = "mlp.down_proj.weight"
 def test_a_placeholder_keeps_shape_and_attributes_and_no_memory() -> None:
     layer = decoder_layer()
     old = weight_with_attributes(layer)
-    placeholders.make_placeholder(layer, NAME)
+    placeholders.make_placeholder(layer, NAME, layer.get_parameter(NAME))
     new = dict(layer.named_parameters())[NAME]
     assert new is not old
     assert new.is_meta
@@ -144,7 +154,7 @@ def test_a_placeholder_refuses_to_be_loaded(has_loader: bool) -> None:
     layer = decoder_layer()
     if has_loader:
         weight_with_attributes(layer)
-    placeholders.make_placeholder(layer, NAME)
+    placeholders.make_placeholder(layer, NAME, layer.get_parameter(NAME))
     parameter = layer.get_parameter(NAME)
     with pytest.raises(RuntimeError, match=r"mlp\.down_proj\.weight of a layer owned by another"):
         parameter.weight_loader(parameter, torch.zeros(HIDDEN, WIDE))
@@ -154,9 +164,9 @@ def test_a_view_of_the_pool_keeps_attributes_and_counts_no_memory() -> None:
     layer = decoder_layer()
     weight_with_attributes(layer)
     before = cpu_memory.resident_bytes(layer)
-    placeholders.make_placeholder(layer, NAME)
+    placeholders.make_placeholder(layer, NAME, layer.get_parameter(NAME))
     slot = torch.arange(HIDDEN * WIDE, dtype=torch.float32).view(HIDDEN, WIDE)
-    placeholders.view_pool(layer, NAME, slot)
+    placeholders.view_pool(layer, NAME, slot, is_parameter=True)
     new = layer.get_parameter(NAME)
     assert new.data_ptr() == slot.data_ptr(), "a view, not a copy"
     assert (new.input_dim, new.output_dim, new.sidp_pooled) == (1, 0, True)
@@ -164,7 +174,11 @@ def test_a_view_of_the_pool_keeps_attributes_and_counts_no_memory() -> None:
 
 
 def test_tensors_are_named_within_the_layer_in_a_fixed_order() -> None:
-    pairs = [(unit.name, unit.module) for unit in find_units(decoder_layer(), 0, "linear")]
+    pairs = [
+        (unit.name, unit.module)
+        for (units,) in [find_blocks(decoder_layer(), 0, "linear")]
+        for unit in units
+    ]
     assert [name for name, _ in placeholders.named_tensors(pairs)] == [
         "self_attn.qkv_proj.weight",
         "self_attn.o_proj.weight",
@@ -178,36 +192,37 @@ def rows_of(width: int, num_rows: int = 3) -> torch.Tensor:
 
 
 def test_an_ffn_computed_elsewhere_gives_what_its_forward_gives() -> None:
-    (unit,) = find_units(decoder_layer(), 0, "ffn")
+    ((unit,),) = find_blocks(decoder_layer(), 0, "ffn")
     pooled = pooled_unit(unit, 5, 2, is_last=True)
-    assert (pooled.number, pooled.layer, pooled.is_last) == (5, 2, True)
-    assert (pooled.in_width, pooled.out_width, pooled.dtype) == (HIDDEN, HIDDEN, torch.float32)
-    assert pooled.row_bytes == (HIDDEN * 4, HIDDEN * 4)
+    assert (pooled.number, pooled.block, pooled.is_last) == (5, 2, True)
+    row = RowType(HIDDEN, torch.float32)
+    assert (pooled.payload, pooled.result) == ((row,), row)
+    assert pooled.row_bytes == (align(HIDDEN * 4), HIDDEN * 4)
     rows = rows_of(HIDDEN)
     expected = unit.module(rows, object())
     assert expected.any()
     assert torch.equal(pooled.forward(rows, object()), expected)
-    assert torch.equal(pooled.pack(pooled.compute(rows)), expected)
+    assert torch.equal(pooled.finish(pooled.partial(rows)), expected)
 
 
 def test_projections_computed_elsewhere_give_what_their_forwards_give() -> None:
-    units = find_units(decoder_layer(), 0, "linear")[:2]
+    units = find_blocks(decoder_layer(), 0, "linear")[0][:2]
     for unit, widths in zip(units, [(HIDDEN, 2 * HIDDEN), (HIDDEN, HIDDEN)], strict=True):
         pooled = pooled_unit(unit, 0, 0, is_last=False)
-        assert (pooled.in_width, pooled.out_width) == widths
+        assert (pooled.payload[0].width, pooled.result.width) == widths
         rows = rows_of(widths[0])
         expected, bias = unit.module(rows)
-        result = pooled.pack(pooled.compute(rows))
+        result = pooled.finish(pooled.partial(rows))
         assert torch.equal(result[0], expected) and expected.any()
         assert result[1] is bias is None
 
 
 def test_a_units_own_forward_is_kept_when_the_modules_is_wrapped() -> None:
-    (unit,) = find_units(decoder_layer(), 0, "ffn")
+    ((unit,),) = find_blocks(decoder_layer(), 0, "ffn")
     pooled = pooled_unit(unit, 0, 0, is_last=True)
     expected = unit.module(rows_of(HIDDEN))
     unit.module.forward = lambda *_: pytest.fail("the wrapper was called")  # type: ignore[assignment]
-    assert torch.equal(pooled.compute(rows_of(HIDDEN)), expected)
+    assert torch.equal(pooled.partial(rows_of(HIDDEN)), expected)
     assert torch.equal(pooled.forward(rows_of(HIDDEN)), expected)
 
 
@@ -215,7 +230,7 @@ def test_a_projection_that_leaves_its_bias_to_its_caller_is_refused() -> None:
     linear = Linear(HIDDEN, HIDDEN)
     linear.skip_bias_add = True
     with pytest.raises(
-        SidpError, match=r"self_attn\.o_proj of layer 3 .* use --sidp-pool ffn"
+        SidpError, match=r"self_attn\.o_proj leaves its bias .* use --sidp-pool ffn"
     ) as e:
         pooled_unit(Unit("self_attn.o_proj", linear), 0, 3, is_last=False)
     assert "\n" not in str(e.value)

@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 
-from sidp_sgl.weightpool.cas.calls import Call, Outcome
-from sidp_sgl.weightpool.cas.compute_group import ComputeGroup
-from sidp_sgl.weightpool.cas.unit import PooledUnit, rows_view
+from sidp_sgl.weightpool.cas.endpoint import CasEndpoint
+from sidp_sgl.weightpool.cas.mailbox import Call, Outcome
+from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType, rows_view
 from tests.support import cas
-from tests.support.cas import compute_groups, make_rows, matmul_unit, settle, weight
+from tests.support.cas import endpoints, make_rows, matmul_unit, settle, weight
 from tests.support.transports import KINDS
 
 OWNERS = [0, 1, 2, 0, 1, 2]
@@ -28,20 +28,20 @@ def leases(rank: int) -> dict[int, int]:
     return {owner: 64 * ((rank - owner - 1) % 3) for owner in range(3) if owner != rank}
 
 
-def call(group: ComputeGroup, unit: PooledUnit, rows: torch.Tensor) -> torch.Tensor | None:
-    return group.remote.call(OWNERS[unit.layer], unit, rows)
+def call(group: CasEndpoint, unit: PooledUnit, rows: torch.Tensor) -> torch.Tensor | None:
+    return group.requester.call([OWNERS[unit.block]], unit, [rows])
 
 
 def test_owner_computes_what_the_requester_would_have() -> None:
-    with compute_groups(3, UNITS, OWNERS) as groups:
+    with endpoints(3, UNITS, OWNERS) as groups:
         for requester, group in enumerate(groups):
-            group.remote.begin_step(leases(requester), 7)
+            group.requester.begin_step(leases(requester), 7)
             for unit in UNITS:
-                if OWNERS[unit.layer] != requester:
+                if OWNERS[unit.block] != requester:
                     rows = make_rows(7, seed=requester)
                     result = call(group, unit, rows)
                     assert result is not None
-                    assert torch.equal(result, rows @ weight(unit.layer))
+                    assert torch.equal(result, rows @ weight(unit.block))
         sent = sum(group.counters()["rows_sent"] for group in groups)
         served = sum(group.counters()["rows_served"] for group in groups)
         assert sent == served == 3 * 4 * 7
@@ -49,40 +49,44 @@ def test_owner_computes_what_the_requester_would_have() -> None:
 
 
 def test_results_of_an_earlier_call_stay_as_they_are() -> None:
-    with compute_groups(2, UNITS[:2], [0, 1]) as groups:
-        groups[0].remote.begin_step({1: 0}, 4)
-        first = groups[0].remote.call(1, UNITS[1], make_rows(4, seed=1))
-        groups[0].remote.call(1, UNITS[1], make_rows(4, seed=2))
+    with endpoints(2, UNITS[:2], [0, 1]) as groups:
+        groups[0].requester.begin_step({1: 0}, 4)
+        first = groups[0].requester.call([1], UNITS[1], [make_rows(4, seed=1)])
+        groups[0].requester.call([1], UNITS[1], [make_rows(4, seed=2)])
         assert first is not None
         assert torch.equal(first, make_rows(4, seed=1) @ weight(1))
 
 
 def test_calls_for_one_unit_that_are_there_together_take_one_gemm() -> None:
-    with compute_groups(3, UNITS, OWNERS, start=False) as groups:
+    with endpoints(3, UNITS, OWNERS, start=False) as groups:
         for requester, num_rows in ((1, 3), (2, 5)):
-            calls, offset = groups[requester].calls, leases(requester)[0]
-            row_bytes = groups[requester].remote.staging.row_bytes
-            inbox = rows_view(calls.inbox_of(0), offset * row_bytes, num_rows, 12, torch.float32)
+            calls, offset = groups[requester].mailbox, leases(requester)[0]
+            row_bytes = groups[requester].requester.staging.row_bytes
+            inbox = rows_view(
+                calls.inbox_of(0), offset * row_bytes, num_rows, RowType(12, torch.float32)
+            )
             inbox.copy_(make_rows(num_rows, seed=requester))
             calls.send(0, UNITS[3].number, offset * row_bytes, num_rows)
         settle(groups)
         service = groups[0].service
-        service.serve(groups[0].calls.receive(0.0))
+        service.serve(groups[0].mailbox.receive(0.0))
         settle(groups)
         assert (service.counters.gemms, service.counters.fused_gemms) == (1, 1)
         assert (service.counters.calls, service.counters.rows_served) == (2, 8)
         for requester, num_rows in ((1, 3), (2, 5)):
-            assert groups[requester].calls.wait(0, 0.0) is Outcome.DONE
-            result = rows_view(groups[requester].calls.results, 0, num_rows, 20, torch.float32)
+            assert groups[requester].mailbox.wait(0, 0.0) is Outcome.DONE
+            result = rows_view(
+                groups[requester].mailbox.results, 0, num_rows, RowType(20, torch.float32)
+            )
             assert torch.equal(result, make_rows(num_rows, seed=requester) @ weight(3))
 
 
 def test_calls_for_different_units_are_computed_apart() -> None:
-    with compute_groups(3, UNITS, OWNERS, start=False) as groups:
+    with endpoints(3, UNITS, OWNERS, start=False) as groups:
         for requester, unit in ((1, UNITS[0]), (2, UNITS[3])):
-            groups[requester].calls.send(0, unit.number, 0, 1)
+            groups[requester].mailbox.send(0, unit.number, 0, 1)
         settle(groups)
-        groups[0].service.serve(groups[0].calls.receive(0.0))
+        groups[0].service.serve(groups[0].mailbox.receive(0.0))
         assert groups[0].service.counters.gemms == 2
         assert groups[0].service.counters.fused_gemms == 0
 
@@ -90,19 +94,19 @@ def test_calls_for_different_units_are_computed_apart() -> None:
 def test_many_ranks_at_once_get_their_own_rows() -> None:
     wrong: list[tuple[int, int]] = []
 
-    def run(requester: int, group: ComputeGroup) -> None:
+    def run(requester: int, group: CasEndpoint) -> None:
         for step in range(100):
             num_rows = 1 + (step + requester) % 9
-            group.remote.begin_step(leases(requester), num_rows)
+            group.requester.begin_step(leases(requester), num_rows)
             for unit in UNITS:
-                if OWNERS[unit.layer] != requester:
+                if OWNERS[unit.block] != requester:
                     rows = make_rows(num_rows, seed=step * 3 + requester)
                     result = call(group, unit, rows)
-                    if result is None or not torch.equal(result, rows @ weight(unit.layer)):
+                    if result is None or not torch.equal(result, rows @ weight(unit.block)):
                         wrong.append((requester, step))
-            group.remote.end_step()
+            group.requester.end_step()
 
-    with compute_groups(3, UNITS, OWNERS) as groups:
+    with endpoints(3, UNITS, OWNERS) as groups:
         threads = [threading.Thread(target=run, args=item) for item in enumerate(groups)]
         for thread in threads:
             thread.start()
@@ -115,12 +119,12 @@ def test_many_ranks_at_once_get_their_own_rows() -> None:
 
 
 def test_a_silent_owner_ends_the_steps_calls_and_is_left_alone_until_it_has_answered() -> None:
-    with compute_groups(2, UNITS[:2], [0, 1], start=False) as groups:
-        remote = groups[0].remote
+    with endpoints(2, UNITS[:2], [0, 1], start=False) as groups:
+        remote = groups[0].requester
         remote._patience = 0.05
         remote.begin_step({1: 0}, 2)
         started = time.monotonic()
-        assert remote.call(1, UNITS[1], make_rows(2)) is None
+        assert remote.call([1], UNITS[1], [make_rows(2)]) is None
         assert 0.04 < time.monotonic() - started < 5.0
         assert not remote.is_active
         assert not remote.is_available()
@@ -132,7 +136,7 @@ def test_a_silent_owner_ends_the_steps_calls_and_is_left_alone_until_it_has_answ
         remote._patience = 10.0
         remote.begin_step({1: 0}, 3)
         rows = make_rows(3, seed=9)
-        result = remote.call(1, UNITS[1], rows)
+        result = remote.call([1], UNITS[1], [rows])
         assert result is not None
         assert torch.equal(result, rows @ weight(1))
         assert remote.counters.fallbacks == 1
@@ -142,13 +146,13 @@ def test_a_silent_owner_ends_the_steps_calls_and_is_left_alone_until_it_has_answ
 def test_what_the_requesters_gpu_had_to_do_before_is_not_the_owners_silence(kind: str) -> None:
     if kind != "cuda":
         pytest.skip("on CPUs rows are there when the call returns")
-    with compute_groups(2, UNITS[:2], [0, 1]) as groups:
-        remote, driver = groups[0].remote, groups[0].calls._driver
+    with endpoints(2, UNITS[:2], [0, 1]) as groups:
+        remote, driver = groups[0].requester, groups[0].mailbox._driver
         remote._patience = 0.1
         remote.begin_step({1: 0}, 2)
         driver.enqueue(driver.current_stream(), lambda: time.sleep(0.5))  # a long prefill
         rows = make_rows(2)
-        result = remote.call(1, UNITS[1], rows)
+        result = remote.call([1], UNITS[1], [rows])
         assert result is not None
         assert torch.equal(result, rows @ weight(1))
         assert remote.counters.wait_seconds > 0.4
@@ -163,32 +167,32 @@ def test_a_unit_that_fails_at_its_owner_falls_back() -> None:
         return weight(1)
 
     units = [UNITS[0], matmul_unit(1, get_weight)]
-    with compute_groups(2, units, [0, 1]) as groups:
+    with endpoints(2, units, [0, 1]) as groups:
         is_broken.set()
-        groups[0].remote.begin_step({1: 0}, 2)
-        assert groups[0].remote.call(1, units[1], make_rows(2)) is None
-        assert groups[0].remote.is_available() and not groups[0].remote.is_active
+        groups[0].requester.begin_step({1: 0}, 2)
+        assert groups[0].requester.call([1], units[1], [make_rows(2)]) is None
+        assert groups[0].requester.is_available() and not groups[0].requester.is_active
         assert groups[1].counters()["failed"] == 1
 
 
 def test_on_a_gpu_a_call_launches_a_graph_and_more_rows_than_fit_are_computed_without(
     kind: str,
 ) -> None:
-    with compute_groups(3, UNITS, OWNERS) as groups:
+    with endpoints(3, UNITS, OWNERS) as groups:
         sizes = (1, 2, 3, 33, 64)
         for num_rows in sizes:
-            groups[1].remote.begin_step(leases(1), num_rows)
+            groups[1].requester.begin_step(leases(1), num_rows)
             rows = make_rows(num_rows, seed=num_rows)
             result = call(groups[1], UNITS[3], rows)
             assert result is not None
             assert torch.equal(result, rows @ weight(3))
         if kind == "cuda":
-            driver = groups[0].calls._driver
+            driver = groups[0].mailbox._driver
             assert driver.graphs == 2 * 7, "two units, 1 to 64 rows"
             assert driver.graph_launches == len(sizes)
             many = make_rows(100)  # of two requesters together
             unit = groups[0].service._units[3]
-            assert torch.equal(unit.compute(many), many @ weight(3))
+            assert torch.equal(unit.partial(many), many @ weight(3))
             assert driver.graph_launches == len(sizes)
 
 
@@ -198,29 +202,29 @@ def test_on_a_gpu_a_call_launches_a_graph_and_more_rows_than_fit_are_computed_wi
 def test_a_descriptor_outside_the_inbox_is_answered_as_failed(
     descriptor: tuple[int, int, int],
 ) -> None:
-    with compute_groups(2, UNITS[:2], [0, 1]) as groups:
-        groups[0].calls.send(1, *descriptor)
-        assert groups[0].calls.wait(1, 10.0) is Outcome.FAILED
-        groups[0].remote.begin_step({1: 0}, 1)
-        assert groups[0].remote.call(1, UNITS[1], make_rows(1)) is not None
+    with endpoints(2, UNITS[:2], [0, 1]) as groups:
+        groups[0].mailbox.send(1, *descriptor)
+        assert groups[0].mailbox.wait(1, 10.0) is Outcome.FAILED
+        groups[0].requester.begin_step({1: 0}, 1)
+        assert groups[0].requester.call([1], UNITS[1], [make_rows(1)]) is not None
 
 
 def test_more_rows_than_were_leased_are_not_sent() -> None:
-    with compute_groups(2, UNITS[:2], [0, 1]) as groups:
-        groups[0].remote.begin_step({1: 0}, 2)
-        assert groups[0].remote.call(1, UNITS[1], make_rows(3)) is None
+    with endpoints(2, UNITS[:2], [0, 1]) as groups:
+        groups[0].requester.begin_step({1: 0}, 2)
+        assert groups[0].requester.call([1], UNITS[1], [make_rows(3)]) is None
         assert groups[0].counters()["rows_sent"] == 0
 
 
 def test_an_idle_service_sleeps() -> None:
-    with compute_groups(2, UNITS[:2], [0, 1]):
+    with endpoints(2, UNITS[:2], [0, 1]):
         before = time.process_time()
         time.sleep(0.3)
         assert time.process_time() - before < 0.1
 
 
 def test_a_call_is_received_once() -> None:
-    with compute_groups(2, UNITS[:2], [0, 1], start=False) as groups:
-        groups[0].calls.send(1, 1, 0, 4)
-        assert groups[1].calls.receive(1.0) == [Call(0, 1, 1, 0, 4)]
-        assert groups[1].calls.receive(0.0) == []
+    with endpoints(2, UNITS[:2], [0, 1], start=False) as groups:
+        groups[0].mailbox.send(1, 1, 0, 4)
+        assert groups[1].mailbox.receive(1.0) == [Call(0, 1, 1, 0, 4, 0)]
+        assert groups[1].mailbox.receive(0.0) == []

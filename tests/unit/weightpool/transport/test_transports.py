@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sidp_sgl.weightpool.transport.cuda.streams import Copier
-from sidp_sgl.weightpool.transport.interface import PeerBlock, Transport
+from sidp_sgl.weightpool.transport.interface import PeerStripe, Transport
 from tests.support.transports import KINDS, FakeCudaTransport, make_transport, same
 
 BYTES = 4096
@@ -21,7 +21,7 @@ BYTES = 4096
 def connected(kind: str, num_readers: int = 1) -> Iterator[tuple[torch.Tensor, list]]:
     """An owner's memory, and (transport, its block) of every reader."""
     owner = make_transport(kind)
-    readers: list[tuple[Transport, PeerBlock]] = []
+    readers: list[tuple[Transport, PeerStripe]] = []
     try:
         memory = owner.allocate(BYTES)
         assert memory.numel() == BYTES and not memory.any(), "zeroed"
@@ -29,7 +29,7 @@ def connected(kind: str, num_readers: int = 1) -> Iterator[tuple[torch.Tensor, l
         for _ in range(num_readers):
             reader = make_transport(kind)
             data = reader.connect(7, [os.dup(fd) for fd in owner.export()])
-            readers.append((reader, PeerBlock(7, data[:BYTES])))
+            readers.append((reader, PeerStripe(7, data[:BYTES])))
         yield memory, readers
     finally:
         for reader, _ in readers:
@@ -67,7 +67,7 @@ def test_the_copy_stream_is_in_order(kind: str) -> None:
         ones = transport.empty(BYTES).fill_(1)
         target = transport.empty(BYTES)
         for _ in range(20):
-            transport.copy_stream.copy(target, PeerBlock(7, ones))
+            transport.copy_stream.copy(target, PeerStripe(7, ones))
             transport.copy_stream.copy(target, block)
         transport.copy_stream.synchronize()
         assert same(target, memory)
@@ -145,7 +145,7 @@ def test_an_offer_is_two_descriptors_whatever_the_kind(kind: str) -> None:
 def test_slices_on_a_timetable_make_a_whole_block() -> None:
     owner, reader = FakeCudaTransport(), FakeCudaTransport(copier=Copier(0, 1e5, 300))
     memory = owner.allocate(BYTES).copy_(torch.arange(BYTES) % 251)
-    block = PeerBlock(7, reader.connect(7, [os.dup(fd) for fd in owner.export()]))
+    block = PeerStripe(7, reader.connect(7, [os.dup(fd) for fd in owner.export()]))
     target, started = reader.empty(BYTES), time.monotonic()
     reader.copy_stream.copy(target, block)
     reader.copy_stream.synchronize()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sidp_sgl.weightpool.transport.interface import PeerBlock, TransportError
+from sidp_sgl.weightpool.transport.interface import PeerStripe, TransportError
 from sidp_sgl.weightpool.transport.shm.memory import SharedWords
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
 from sidp_sgl.weightpool.transport.shm.turns import OwnerPort
@@ -92,7 +92,7 @@ def test_a_wait_captures_the_mark_at_the_call(owner: Owner) -> None:
 
 def test_the_copy_stream_is_in_order(owner: Owner) -> None:
     with owner.reader() as (transport, block):
-        source = PeerBlock(block.owner, torch.ones(BYTES, dtype=torch.uint8))
+        source = PeerStripe(block.owner, torch.ones(BYTES, dtype=torch.uint8))
         target = transport.empty(BYTES)
         for _ in range(50):
             transport.copy_stream.copy(target, source)
@@ -113,10 +113,10 @@ def test_slots_are_aligned_like_blocks() -> None:
 CHILD = """
 import sys
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
-from sidp_sgl.weightpool.transport.interface import PeerBlock
+from sidp_sgl.weightpool.transport.interface import PeerStripe
 
 transport = ShmTransport()
-block = PeerBlock(0, transport.connect(0, [int(fd) for fd in sys.argv[1:]]))
+block = PeerStripe(0, transport.connect(0, [int(fd) for fd in sys.argv[1:]]))
 target = transport.empty(block.data.numel())
 print(int(block.data.long().sum()), flush=True)  # before the turn
 transport.copy_stream.take_turn(block)

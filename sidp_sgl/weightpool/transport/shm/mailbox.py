@@ -1,13 +1,13 @@
-"""Remote calls between CPU ranks: rows and results in shared memory."""
+"""Calls between CPU ranks: rows and results in shared memory."""
 
 import os
 from collections.abc import Sequence
 
-from sidp_sgl.weightpool.cas.mailbox import WordCalls
+from sidp_sgl.weightpool.cas.mailbox import Mailbox
 from sidp_sgl.weightpool.transport.shm import memory as shm_memory
 
 
-class ShmCalls(WordCalls):
+class ShmMailbox(Mailbox):
     """One CPU rank's end. `inbox_bytes` for the rows of all others, `results_bytes` for its own."""
 
     def __init__(self, rank: int, num_ranks: int, inbox_bytes: int, results_bytes: int) -> None:
@@ -29,7 +29,7 @@ class ShmCalls(WordCalls):
         self._add_peer(peer, file_descriptors[2:], inbox, results)
 
     def _tell(self, peer: int, index: int, number: int) -> None:
-        self._bells[peer].words[index] = number
+        self._peers[peer].values[index] = number
 
     def close(self) -> None:
         super().close()

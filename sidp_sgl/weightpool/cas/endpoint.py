@@ -1,0 +1,50 @@
+"""One rank's part in CaS put together: its calls to owners, and its service to requesters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sidp_sgl.weightpool.cas.mailbox import Mailbox
+from sidp_sgl.weightpool.cas.requester import Requester, RequesterCounters
+from sidp_sgl.weightpool.cas.service import Service, ServiceCounters
+from sidp_sgl.weightpool.cas.staging import Staging
+from sidp_sgl.weightpool.cas.unit import PooledUnit
+
+
+class CasEndpoint:
+    """`owned`: the units of the blocks that this rank owns, which its service computes."""
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        staging: Staging,
+        owned: Sequence[PooledUnit],
+        on_busy: Callable[[float, float], None] = lambda start, end: None,
+    ) -> None:
+        self.mailbox = mailbox
+        self.requester = Requester(mailbox, staging)
+        served = {unit.number: unit for unit in mailbox.prepare(owned)}
+        self.service = Service(mailbox, served, on_busy)
+
+    def counters(self) -> dict[str, Any]:
+        """What was sent and served; times in seconds."""
+        return _as_dict(self.requester.counters, self.service.counters)
+
+
+def no_counters() -> dict[str, Any]:
+    """Those of a rank without a compute service."""
+    return _as_dict(RequesterCounters(), ServiceCounters())
+
+
+def _as_dict(requester: RequesterCounters, service: ServiceCounters) -> dict[str, Any]:
+    return {
+        "calls": requester.calls,
+        "rows_sent": requester.rows_sent,
+        "fallbacks": requester.fallbacks,
+        "wait_seconds": requester.wait_seconds,
+        "replays": requester.replays,
+        "rows_served": service.rows_served,
+        "gemms": service.gemms,
+        "fused_gemms": service.fused_gemms,
+        "failed": service.failed,
+        "busy_seconds": service.busy_seconds,
+    }
