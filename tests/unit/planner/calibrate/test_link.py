@@ -73,7 +73,7 @@ def test_rows_are_computed_by_their_owners(kind: str) -> None:
                 result, expected = sent.run(layer, rows), decoder.ffn(layer, rows)
                 torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
         ended.wait(30)
-        counters = sent._group.counters()
+        counters = sent._endpoint.counters()
         sent.close()
         return counters["rows_sent"], counters["rows_served"]
 
