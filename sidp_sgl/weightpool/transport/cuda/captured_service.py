@@ -1,5 +1,5 @@
-"""An owner's units as CUDA graphs, one per batch bucket: a call costs the service one launch,
-however many kernels the unit has."""
+"""What an owner's service computes for others, captured as CUDA graphs: a call costs the service
+one launch, however many kernels the unit has. There is a graph per unit and batch bucket."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,11 +11,11 @@ from sidp_sgl.weightpool.cas.unit import PooledUnit
 
 BUCKETS = tuple(2**power for power in range(ROWS_PER_RANK.bit_length()))  # 1, 2, 4, …, 64 rows
 
-# Of what `work` enqueues on the current stream: a graph's launch.
+# Work on the current stream → the launch of its graph.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def graphed(
+def capture_units(
     units: Sequence[PooledUnit], device: torch.device, capture: Capture
 ) -> list[PooledUnit]:
     """`units` whose `compute` launches a graph; for one stream, the current one, for they share
@@ -23,7 +23,7 @@ def graphed(
     size = max(BUCKETS)
     rows = _shared(units, lambda unit: size * unit.in_width, device)
     results = _shared(units, lambda unit: size * unit.out_width, device)
-    return [replace(unit, compute=_GraphedUnit(unit, rows, results, capture)) for unit in units]
+    return [replace(unit, compute=_CapturedUnit(unit, rows, results, capture)) for unit in units]
 
 
 def _shared(
@@ -33,7 +33,7 @@ def _shared(
     return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
 
-class _GraphedUnit:
+class _CapturedUnit:
     """Rows beyond those of a call are what earlier calls have left: they only fill the bucket."""
 
     def __init__(
