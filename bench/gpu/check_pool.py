@@ -1,5 +1,6 @@
 """The pool on the GPU: every use of every layer sees its bytes, eagerly and in replayed graphs."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,9 +8,9 @@ import torch
 from bench.gpu.device import Gpu
 from bench.gpu.ranks import Rank, run_ranks
 from sidp_sgl.weightpool.layout import make_layout
-from sidp_sgl.weightpool.placement import owners
+from sidp_sgl.weightpool.placement import Placement
 from sidp_sgl.weightpool.pool import WeightPool
-from sidp_sgl.weightpool.schedule import default_slots
+from sidp_sgl.weightpool.schedule import shifted_slots
 from sidp_sgl.weightpool.transport.cuda.transport import CudaTransport
 
 LAYERS, STEPS, REPLAYS = 9, 8, 1000
@@ -25,26 +26,27 @@ def layer_weight(gpu: Gpu, layer: int) -> torch.Tensor:
 class CheckedPool:
     """One rank's pool, and a count of the uses that saw wrong bytes, kept on the device."""
 
-    def __init__(self, rank: Rank, gpu: Gpu, order: str) -> None:
-        layer_owners = owners(LAYERS, rank.num_ranks, "interleaved")
-        slots = default_slots(layer_owners, rank.num_ranks, order)
+    def __init__(self, rank: Rank, gpu: Gpu, order: str, turns: bool) -> None:
+        expected = [layer_weight(gpu, layer) for layer in range(LAYERS)]
+        layouts = [make_layout([("w", weight)]) for weight in expected]
+        placement = Placement.of((layout.num_bytes for layout in layouts), rank.num_ranks)
+        if order == "shifted":
+            placement = replace(placement, num_slots=shifted_slots(placement))
         transport = CudaTransport(gpu.driver)
         self.gpu = gpu
-        self.pool = WeightPool(transport, rank.number, rank.num_ranks, layer_owners, order, slots)
-        self.expected = [layer_weight(gpu, layer) for layer in range(LAYERS)]
-        layouts = {
-            layer: make_layout([("w", self.expected[layer])])
-            for layer in range(LAYERS)
-            if self.pool.owns(layer)
+        self.pool = WeightPool(transport, rank.number, placement, order, takes_turns=turns)
+        self.expected = expected
+        own = {block: layouts[block] for block in placement.owned(rank.number)}
+        self.views = {
+            block: own[block].views(memory) for block, memory in self.pool.own(own).items()
         }
-        self.blocks = self.pool.own(layouts)
-        for layer, block in self.blocks.items():
-            block["w"].copy_(self.expected[layer])
+        for block, views in self.views.items():
+            views["w"].copy_(expected[block])
         offers = rank.exchange(self.pool.offer(), transport.export())
         for peer, (offer, descriptors) in offers.items():
             self.pool.connect(peer, offer, descriptors)
         rank.barrier()
-        self.views = {**self.blocks, **self.pool.start()}
+        self.views.update(self.pool.start())
         self.wrong = torch.zeros(1, dtype=torch.int64, device=gpu.device)
 
     def step(self) -> None:
@@ -61,7 +63,7 @@ class CheckedPool:
     def poison(self, *, held: bool = False) -> None:
         """Overwrite the slots that the next replay has to fill, or those that it relies on."""
         for slot in self.pool.prefetcher.slots:
-            if (slot.layer is not None) == held:
+            if (slot.block is not None) == held:
                 self.gpu.launch(lambda slot=slot: slot.memory.fill_(77))
 
     def close(self, rank: Rank) -> dict[str, Any]:
@@ -79,8 +81,8 @@ class CheckedPool:
         return result
 
 
-def _eager(rank: Rank, gpu: Gpu, order: str) -> dict[str, Any]:
-    checked = CheckedPool(rank, gpu, order)
+def _eager(rank: Rank, gpu: Gpu, order: str, turns: bool) -> dict[str, Any]:
+    checked = CheckedPool(rank, gpu, order, turns)
     for _ in range(STEPS):
         checked.step()
     return checked.close(rank)
@@ -89,15 +91,19 @@ def _eager(rank: Rank, gpu: Gpu, order: str) -> dict[str, Any]:
 def eager(gpu: Gpu) -> dict[str, Any]:
     """Three ranks, every order of fetches, some steps each."""
     result: dict[str, Any] = {}
-    for order in ("sequential", "shifted", "ticketed"):
-        ranks = run_ranks(gpu, 3, _eager, order)
-        result[order] = {name: [rank[name] for rank in ranks] for name in ranks[0]}
+    for name, order, turns in (
+        ("sequential", "sequential", False),
+        ("shifted", "shifted", False),
+        ("in turns", "sequential", True),
+    ):
+        ranks = run_ranks(gpu, 3, _eager, order, turns)
+        result[name] = {key: [rank[key] for rank in ranks] for key in ranks[0]}
     result["ok"] = all(not any(values["wrong"]) for values in result.values())
     return result
 
 
-def _graphs(rank: Rank, gpu: Gpu, order: str, replays: int) -> dict[str, Any]:
-    checked = CheckedPool(rank, gpu, order)
+def _graphs(rank: Rank, gpu: Gpu, turns: bool, replays: int) -> dict[str, Any]:
+    checked = CheckedPool(rank, gpu, "sequential", turns)
     checked.step()
     replay = gpu.capture(checked.step)
     for number in range(replays):
@@ -121,10 +127,13 @@ def graphs(gpu: Gpu) -> dict[str, Any]:
     """Two ranks replay captured steps, slots poisoned before each; eager steps in between."""
     result: dict[str, Any] = {}
     replays = max(20, int(REPLAYS * gpu.scale))
-    for order, number in (("sequential", replays), ("ticketed", replays // 10)):
-        ranks = run_ranks(gpu, 2, _graphs, order, number, seconds=90.0)
-        result[order] = {name: [rank[name] for rank in ranks] for name in ranks[0]}
-        result[order]["replays"] = number
+    for name, turns, number in (
+        ("sequential", False, replays),
+        ("in turns", True, replays // 10),
+    ):
+        ranks = run_ranks(gpu, 2, _graphs, turns, number, seconds=90.0)
+        result[name] = {key: [rank[key] for rank in ranks] for key in ranks[0]}
+        result[name]["replays"] = number
     result["ok"] = all(
         not any(values["wrong"]) and all(values["poison_is_seen"]) for values in result.values()
     )

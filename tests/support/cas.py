@@ -10,7 +10,7 @@ from sidp_sgl.weightpool.cas.endpoint import CasEndpoint
 from sidp_sgl.weightpool.cas.mailbox import Mailbox
 from sidp_sgl.weightpool.cas.staging import Staging, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
-from sidp_sgl.weightpool.transport.cuda.calls import CudaCalls
+from sidp_sgl.weightpool.transport.cuda.mailbox import CudaMailbox
 from sidp_sgl.weightpool.transport.shm.mailbox import ShmMailbox
 from tests.support.fake_cuda import FakeCuda
 
@@ -58,13 +58,13 @@ def make_mailbox(rank: int, num_ranks: int, staging: Staging) -> Mailbox:
     sizes = staging.inbox_bytes, staging.results_bytes
     if KIND == "shm":
         return ShmMailbox(rank, num_ranks, *sizes)
-    return CudaCalls(FakeCuda(seed=rank), rank, num_ranks, *sizes)
+    return CudaMailbox(FakeCuda(seed=rank), rank, num_ranks, *sizes)
 
 
 def settle(ranks: Sequence[CasEndpoint]) -> None:
     """Wait until what was told has arrived; on CPUs it has."""
     for endpoint in ranks:
-        if isinstance(endpoint.mailbox, CudaCalls):
+        if isinstance(endpoint.mailbox, CudaMailbox):
             endpoint.mailbox._driver.synchronize()
 
 

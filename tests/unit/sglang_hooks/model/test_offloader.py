@@ -1,6 +1,7 @@
 """A model's layers pass by while they are built: own tensors are loaded into the rank's blocks,
 those of others take no memory until the slots take over, in the form that their owners have."""
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
