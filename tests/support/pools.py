@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
+from sidp_sgl.scheduler.member import Member
 from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.pool import PoolBytes, WeightPool
@@ -150,7 +151,7 @@ def _connected_pool(
     for layer, tensors in own.items():
         for tensor_name, tensor in tensors.items():
             blocks[layer][tensor_name].copy_(tensor)
-    offer = Offer(rank, {}, pool.offer(), transport.export())
+    offer = Offer(Member(rank), {}, pool.offer(), transport.export())
     for other, its_offer in exchange(name, offer, group.num_ranks, timeout=30.0).items():
         pool.connect(other, its_offer.content, its_offer.file_descriptors)
     return pool

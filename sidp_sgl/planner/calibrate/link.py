@@ -11,6 +11,7 @@ import torch
 
 from sidp_sgl.planner.calibrate.decoder import Decoder
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
+from sidp_sgl.scheduler.member import Member
 from sidp_sgl.weightpool.cas.compute_group import ComputeGroup
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit
@@ -47,7 +48,7 @@ class Fetches:
         own = [layer for layer, owner in enumerate(layer_owners) if owner == rank]
         for views in self._pool.own(dict.fromkeys(own, block)).values():
             views["weight"].fill_(1)  # pages that were never written are no memory yet
-        offer = Offer(rank, {}, self._pool.offer(), transport.export())
+        offer = Offer(Member(rank), {}, self._pool.offer(), transport.export())
         for peer, theirs in exchange(meeting, offer, num_ranks, MEETING_SECONDS).items():
             self._pool.connect(peer, theirs.content, theirs.file_descriptors)
         self._pool.start()
@@ -84,7 +85,7 @@ class SentRows:
         self._calls = make_calls(transport, rank, num_ranks, staging, graphs=True)
         owned = [unit for unit in self._units if self._owners[unit.layer] == rank]
         self._group = ComputeGroup(self._calls, staging, owned, lambda start, end: None)
-        offer = Offer(rank, {}, {}, self._calls.export())
+        offer = Offer(Member(rank), {}, {}, self._calls.export())
         for peer, theirs in exchange(meeting, offer, num_ranks, MEETING_SECONDS).items():
             self._calls.connect(peer, theirs.file_descriptors)
         self._group.service.start()
