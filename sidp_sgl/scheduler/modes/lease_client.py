@@ -1,4 +1,4 @@
-"""The scheduler's end of the leases: asks the owners, and waits for them a few milliseconds."""
+"""The scheduler's end of the leases: asks the owners, and waits a few milliseconds."""
 
 import time
 from collections.abc import Mapping, Sequence
