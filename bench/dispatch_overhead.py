@@ -8,14 +8,15 @@ import argparse
 import random
 import time
 from array import array
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from bench.record import record, spread
 from bench.tables import plain
 from sidp_sgl.scheduler.dispatch.policy import Dispatcher
 from sidp_sgl.scheduler.dispatch.prompts import prompt_key
 from sidp_sgl.scheduler.dispatch.window import Queued
-from sidp_sgl.scheduler.state import RankState
+from sidp_sgl.scheduler.messages import RankState
 
 KV_TOKENS = 1_000_000
 BATCH = 64  # requests that a rank takes per report
@@ -37,15 +38,13 @@ def measure(queued: int, prompt_tokens: int, ranks: int, seed: int) -> dict[str,
         request = Queued(number, prompt_key(prompt), len(prompt), 128, None)
         dispatcher.window.add(request)
     arrival = time.perf_counter() - begun
-    states = [
-        RankState(n, 0, 0, 0, 0, BATCH, KV_TOKENS, KV_TOKENS, 0.01, "was") for n in range(ranks)
-    ]
+    states = [RankState(n, 0, 0, 0, BATCH, KV_TOKENS, KV_TOKENS) for n in range(ranks)]
     taken = 0
     begun = time.perf_counter()
     for number in range(1, 10_000 // (BATCH * ranks) + 1):
         for state in states:
             received = BATCH * (number - 1)
-            dispatcher.update(replace(state, number=number, received=received))
+            dispatcher.update(replace(state, received=received))
         taken += sum(1 for _ in dispatcher.assign())
     choice = time.perf_counter() - begun
     assert taken >= 0.9 * BATCH * ranks * (10_000 // (BATCH * ranks)), taken

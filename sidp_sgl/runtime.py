@@ -16,9 +16,10 @@ from sglang.srt.runtime_context import get_device, get_exec, get_parallel
 
 from sidp_sgl import __version__
 from sidp_sgl.config import SidpConfig
+from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
 from sidp_sgl.scheduler.lifecycle.spawning import DIRECTORY
-from sidp_sgl.scheduler.rank_control import RankControl
+from sidp_sgl.scheduler.member import Member
 from sidp_sgl.sglang_hooks import arguments, refusals, required
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.cuda import colocation
@@ -75,15 +76,16 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     if role == "dp_controller":
         if config.sidp_colocate:
             required.apply(colocation.CONTROLLER_HOOKS)
-        controller = reports.ControllerReports(config.group, keeps_states=not config.own_dispatch)
-        required.apply(controller.hooks())
+        required.apply(reports.ControllerReports(config.group).hooks())
         if config.own_dispatch:
             dispatch = ControllerDispatch(Path(os.environ[DIRECTORY]), server_args.dp_size)
             required.apply([dispatch.hook()])
     if role == "scheduler":
-        rank_reports = reports.RankReports(config.group, get_parallel().dp_rank)
+        parallel = get_parallel()
+        member = Member(parallel.dp_rank, parallel.tp_rank, parallel.tp_size)
+        rank_reports = reports.RankReports(config.group, member)
         with rank_reports.errors():
-            rank = Rank(server_args, config)
+            rank = Rank(server_args, config, member)
             rank.start()
             required.apply(rank_reports.hooks(lambda: rank.pool.is_started))
 
@@ -91,11 +93,10 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
 class Rank:
     """One DP scheduler process with --sidp: group → control plane → pool → modes → hooks."""
 
-    def __init__(self, server_args: Any, config: SidpConfig) -> None:
-        parallel = get_parallel()
+    def __init__(self, server_args: Any, config: SidpConfig, member: Member) -> None:
         self.config, directory = config, Path(os.environ[DIRECTORY])
-        self.dp_rank = parallel.dp_rank
-        self.dp_size = parallel.dp_size
+        self.member = member
+        self.dp_rank, self.dp_size = member.dp_rank, get_parallel().dp_size
         # As resolved: the arguments themselves stay as the user gave them.
         self.device = get_device().device
         has_graphs = get_exec().graph.cuda_graph_config.decode.backend != "disabled"
@@ -111,7 +112,7 @@ class Rank:
             self.dp_rank,
             replace(planned, blocks=()),  # they come as the model is built
         )
-        self.control = RankControl(
+        self.control = ControlPlane(
             config,
             self.dp_rank,
             self.dp_size,
@@ -129,7 +130,7 @@ class Rank:
             loads_in_place=not self.model_config.quantization,
         )
         self.reader = CheckpointReader(self.offloader.is_placeholder)
-        self.waiting = WaitingRequests(self.dp_rank, self.control.thread, directory)
+        self.waiting = WaitingRequests(self.dp_rank, self.control.controller, directory)
         self.modes = ModeHooks(
             self.control, self.pool, self.execution, lambda: self.waiting.received
         )
@@ -160,7 +161,7 @@ class Rank:
         if self.config.sidp_mode != "was":
             self.cas = self._cas_endpoint(units)
             descriptors = descriptors + self.cas.mailbox.export()
-        own = Offer(self.dp_rank, self.fingerprint(), self.pool.offer(), descriptors)
+        own = Offer(self.member, self.fingerprint(), self.pool.offer(), descriptors)
         for rank, offer in exchange(self.config.group, own, self.dp_size).items():
             theirs = offer.file_descriptors
             self.pool.connect(rank, offer.content, theirs[:num_pool])
@@ -196,6 +197,8 @@ class Rank:
             "enabled": True,
             "dp_rank": self.dp_rank,
             "dp_size": self.dp_size,
+            "tp_rank": self.member.tp_rank,
+            "tp_size": self.member.tp_size,
             "pool": self.config.sidp_pool,
             "placement": self.config.sidp_placement,
             "owned_layers": self.offloader.owned_layers(),

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import cast
 
 from bench.simulator.costs import StepCosts
-from sidp_sgl.scheduler.control import SchedulerControl
+from sidp_sgl.scheduler.modes.lease_client import LeaseClient
 from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
-from sidp_sgl.scheduler.modes.service_share import ServiceShare, decline_reason
+from sidp_sgl.scheduler.modes.service_share import SERVICE_LIMIT, ServiceShare, decline_reason
 from sidp_sgl.scheduler.modes.step_modes import StepModes
-from sidp_sgl.scheduler.rank_control import SERVICE_LIMIT
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 
 
@@ -48,14 +47,14 @@ class Service:
         if self._all.share(now) < SERVICE_LIMIT:
             return False
         return any(
-            decline_reason(self.share(owner, now), batch, SERVICE_LIMIT)
+            decline_reason(self.share(owner, now), batch)
             for owner, batch in enumerate(self.batches)
             if owner != rank
         )
 
 
 class _Answers:
-    """In the place of SchedulerControl: owners answer at once, and no message is lost.
+    """In the place of LeaseClient: owners answer at once, and no message is lost.
 
     Staging rows can't run out, for every rank may lease ROWS_PER_RANK and asks for no more."""
 
@@ -64,7 +63,7 @@ class _Answers:
         self._service = service
         self._rank = rank
 
-    def leases(self, rows: int, seconds: float) -> Mapping[int, int] | None:
+    def acquire(self, rows: int, seconds: float) -> Mapping[int, int] | None:
         return None if self._service.declines(self._rank, self.now) else {}
 
     def ask(self, rows: int) -> None:
@@ -85,8 +84,8 @@ class RankModes:
         self._rank = rank
         self._answers = _Answers(service, rank)
         self.policy = ModePolicy(mode)
-        control = cast(SchedulerControl, self._answers)
-        self._modes = StepModes(self.policy, control, ROWS_PER_RANK, threshold)
+        leases = cast(LeaseClient, self._answers)
+        self._modes = StepModes(self.policy, leases, ROWS_PER_RANK, threshold)
         self._times = self._modes.times = costs.calibrated()
         self._begun: tuple[str, int, float] | None = None  # mode, batch, compute of the last step
 

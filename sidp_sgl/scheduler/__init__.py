@@ -1,1 +1,1 @@
-"""Control plane: rendezvous, liveness, later rank state and negotiation. No torch, no sglang."""
+"""Control plane: dispatch, modes and leases, the lifecycle of an engine. No torch, no sglang."""

@@ -1,7 +1,7 @@
-"""The ranks' control messages over ZMQ: `ipc://` sockets in the engine's own directory.
+"""Control messages over ZMQ: `ipc://` sockets in the engine's own directory.
 
-Room: scheduler. Sending never blocks and nothing depends on an arrival: a message that can't be
-sent is dropped and counted, one that can't be read as well. A socket belongs to one thread.
+Sending never blocks and nothing depends on an arrival: a message that can't be sent is dropped and
+counted, one that can't be read as well. A socket belongs to one thread.
 """
 
 import math
@@ -17,19 +17,24 @@ from sidp_sgl.scheduler.messages import Message
 _QUEUE = 1000  # messages that may wait for a receiver that is stopped
 
 
-def control_address(directory: Path, rank: int) -> str:
-    """Where a rank's control thread listens."""
-    return f"ipc://{directory}/sidp-control-{rank}"
+def requests_address(directory: Path, rank: int) -> str:
+    """Where a rank hears requests for leases, and their releases."""
+    return f"ipc://{directory}/sidp-requests-{rank}"
 
 
-def answer_address(directory: Path, rank: int) -> str:
-    """Where a rank's scheduler thread finds the answers to its requests."""
+def answers_address(directory: Path, rank: int) -> str:
+    """Where a rank hears the answers to its own requests."""
     return f"ipc://{directory}/sidp-answers-{rank}"
 
 
-def controller_address(directory: Path) -> str:
-    """Where the DP controller listens."""
-    return f"ipc://{directory}/sidp-controller"
+def dispatch_address(directory: Path, rank: int) -> str:
+    """Where a rank hears the DP controller."""
+    return f"ipc://{directory}/sidp-dispatch-{rank}"
+
+
+def states_address(directory: Path) -> str:
+    """Where the DP controller hears the ranks."""
+    return f"ipc://{directory}/sidp-states"
 
 
 def returns_address(directory: Path) -> str:

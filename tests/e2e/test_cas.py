@@ -13,7 +13,6 @@ import pytest
 import sglang
 
 from examples.demo_model.arithmetic import few_shot_header, held_out_problems
-from sidp_sgl.scheduler.disturbances import VARIABLE as DISTURBANCES
 from tests.e2e.test_parity import (
     NEW_TOKENS,
     PROMPTS,
@@ -22,7 +21,8 @@ from tests.e2e.test_parity import (
     check_capacity,
     plain_sglang,
 )
-from tests.support.engines import answer, engine, environment, statuses
+from tests.support.disturbances import Disturbances, disturbed
+from tests.support.engines import answer, engine, statuses
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 LOGPROB_TOLERANCE = 1e-5  # rows of one request alone are computed as they would be locally
@@ -36,14 +36,14 @@ class Case(NamedTuple):
     pool: str
     mode: str
     slots: int
-    disturbances: str = ""
+    disturbances: Disturbances = Disturbances()
 
 
 CASES = [
     Case(Model("llama", 8, False), 2, "linear", "cas", 1),
     pytest.param(Case(Model("llama", 8, False), 3, "linear", "cas", 1), marks=pytest.mark.thorough),
     pytest.param(Case(Model("qwen2", 7, True), 4, "ffn", "cas", 3), marks=pytest.mark.thorough),
-    Case(Model("qwen3", 8, True), 2, "linear", "auto", 2, "switch_every=3"),
+    Case(Model("qwen3", 8, True), 2, "linear", "auto", 2, Disturbances(switch_every=3)),
 ]
 
 
@@ -57,7 +57,7 @@ def test_one_request_at_a_time_equals_plain_sglang(case: Case, checkpoints: Path
     plain = plain_sglang(case.model, checkpoints)
     settings = SETTINGS | ({"sidp_batch_threshold": GIVEN_THRESHOLD} if case.mode == "auto" else {})
     with (
-        environment(**{DISTURBANCES: case.disturbances}),
+        disturbed(case.disturbances),
         engine(
             plain.folder,
             dp_size=case.dp_size,
@@ -163,24 +163,26 @@ def plain_texts() -> Iterator[list[str | None]]:
 @pytest.mark.parametrize(
     "mode,disturbances",
     [
-        pytest.param("cas", "", marks=pytest.mark.thorough),
-        ("auto", "switch_every=4,decline=0.1,delay=0.05,delay_ms=20,seed=3"),
+        pytest.param("cas", Disturbances(), marks=pytest.mark.thorough),
+        ("auto", Disturbances(switch_every=4, decline=0.1, delay=0.05, delay_ms=20, seed=3)),
     ],
 )
 def test_many_requests_with_aborts_give_the_same_texts(
-    mode: str, disturbances: str, plain_texts: list[str | None]
+    mode: str, disturbances: Disturbances, plain_texts: list[str | None]
 ) -> None:
     with (
-        environment(**{DISTURBANCES: disturbances}),
+        disturbed(disturbances),
         engine(CHECKPOINT, dp_size=4, sidp=True, sidp_mode=mode) as running,
     ):
         texts = run(running, make_requests(1))
         states = statuses(running)
     assert texts == plain_texts
     check_group(states)
-    if disturbances:
+    if disturbances.switch_every:
         assert all(state["mode_switches"] > 5 for state in states)
-        assert sum(state["cas"]["declined"] for state in states) > 0
+        assert all(state["mode_switch_reasons"].keys() == {"forced"} for state in states)
+        given = [state["cas"]["declines_given"].get("disturbed", 0) for state in states]
+        assert sum(given) > 0
     else:
         assert sum(state["cas"]["fused_gemms"] for state in states) > 0
 
@@ -192,6 +194,3 @@ def check_group(states: list[dict[str, Any]]) -> None:
     assert sum(state["cas"]["rows_served"] for state in states) == sent > 0
     assert all(state["cas"]["failed"] == 0 for state in states)
     assert all(state["cas"]["malformed_messages"] == 0 for state in states)
-    for state in states:  # each knows the others
-        assert {peer["rank"] for peer in state["peers"]} == set(range(4)) - {state["dp_rank"]}
-        assert all(peer["kv_capacity_tokens"] > 0 for peer in state["peers"])

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import psutil
 import sglang
 
 from bench.record import record
-from sidp_sgl.scheduler.disturbances import VARIABLE as DISTURBANCES
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from tests.soak.load import Load, Request, make_requests, texts_of
 from tests.soak.ranks import Resources, Stops, rank_processes, resources
+from tests.support.disturbances import Disturbances, disturbed
 from tests.support.engines import engine, environment, statuses
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
@@ -27,7 +28,7 @@ DEVICE_MEMORY = "10MB"  # KV for a few requests: others wait
 DP_SIZE = 4
 NUM_REQUESTS = 300
 WARM_UP_SECONDS = 60.0
-DISTURBED = "switch_every=5,decline=0.1,delay=0.05,delay_ms=20,seed={}"
+DISTURBANCES = Disturbances(switch_every=5, decline=0.1, delay=0.05, delay_ms=20)
 COUNTERS = (
     "requests",
     "granted",
@@ -102,8 +103,9 @@ def problems_of(states: list[dict[str, Any]], early: Resources, late: Resources)
 def soak(args: argparse.Namespace) -> dict[str, Any]:
     requests = make_requests(NUM_REQUESTS, args.seed)
     texts = expected_texts(requests)
+    disturbances = replace(DISTURBANCES, seed=args.seed)
     with (
-        environment(**{DISTURBANCES: DISTURBED.format(args.seed)}),
+        disturbed(disturbances),
         engine(CHECKPOINT, dp_size=DP_SIZE, sidp=True, sidp_mode="auto") as running,
     ):
         load = Load(running, requests, texts, args.seed)
@@ -121,7 +123,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "arguments": vars(args),
         "dp_size": DP_SIZE,
         "device_memory": DEVICE_MEMORY,
-        "disturbances": DISTURBED.format(args.seed),
+        "disturbances": asdict(disturbances),
         "requests": dict(load.sent),
         "answered": load.answered,
         "slowest_seconds": load.slowest_seconds,

@@ -1,4 +1,4 @@
-"""The control planes of several ranks in one process, over real sockets in a short directory."""
+"""Lease servers and clients of several ranks in one process, over sockets in a short directory."""
 
 import tempfile
 import time
@@ -6,38 +6,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sidp_sgl.scheduler.control import ControlThread, SchedulerControl
-from sidp_sgl.scheduler.messages import CasRelease, CasRequest, Message
+from sidp_sgl.scheduler.messages import LeaseRelease, LeaseRequest, Message
+from sidp_sgl.scheduler.modes.lease_client import LeaseClient
+from sidp_sgl.scheduler.modes.lease_server import LeaseServer
 from sidp_sgl.scheduler.modes.leases import LeaseLedger
-from sidp_sgl.scheduler.state import RankState
 
 AMPLE_SECONDS = 10.0  # for answers that do come
 
 
 class Rank:
-    """One rank: its thread and its scheduler's end. `refusal`: why it does not serve, if so."""
+    """One rank: its server and its client. `refusal`: why it does not serve, if so."""
 
     def __init__(
         self, rank: int, num_ranks: int, directory: Path, owners: list[int], capacity_rows: int
     ) -> None:
         self.refusal: str | None = None
         self.ledger = LeaseLedger(capacity_rows)
-        self.thread = ControlThread(
+        self.server = LeaseServer(
             rank, num_ranks, directory, self.ledger, refusal=lambda: self.refusal
         )
-        self.control = SchedulerControl(rank, num_ranks, directory, owners)
-        self.sent: list[tuple[int, Message]] = []  # by the scheduler's end, to one rank each
+        self.client = LeaseClient(rank, directory, owners)
+        self.sent: list[tuple[int, Message]] = []  # by the client
         self.loses_releases = False
-        self._send, self.control._outbox.send = self.control._outbox.send, self._record
+        self._send, self.client.outbox.send = self.client.outbox.send, self._record  # type: ignore[method-assign]
 
     def _record(self, to: int, message: Message) -> None:
         self.sent.append((to, message))
-        if not (self.loses_releases and isinstance(message, CasRelease)):
+        if not (self.loses_releases and isinstance(message, LeaseRelease)):
             self._send(to, message)
 
     @property
-    def requests(self) -> list[tuple[int, CasRequest]]:
-        return [(to, message) for to, message in self.sent if isinstance(message, CasRequest)]
+    def requests(self) -> list[tuple[int, LeaseRequest]]:
+        return [(to, message) for to, message in self.sent if isinstance(message, LeaseRequest)]
 
 
 @contextmanager
@@ -62,15 +62,15 @@ def ranks_in(
     ]
     for number, rank in enumerate(ranks):
         if is_listening(number):
-            rank.thread.start()
+            rank.server.start()
     try:
         yield ranks
     finally:
         for rank in ranks:
-            rank.thread._stopped = True  # all at once: each takes up to a poll to see it
+            rank.server._stopped = True  # all at once: each takes up to a poll to see it
         for rank in ranks:
-            rank.thread.close()
-            rank.control.close()
+            rank.server.close()
+            rank.client.close()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = AMPLE_SECONDS) -> None:
@@ -78,7 +78,3 @@ def wait_until(condition: Callable[[], bool], seconds: float = AMPLE_SECONDS) ->
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def make_state(rank: int, number: int, running: int = 1) -> RankState:
-    return RankState(rank, number, running, 0, 0, 64, 1600, 800, 0.01, "was")

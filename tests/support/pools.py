@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
+from sidp_sgl.scheduler.member import Member
 from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.placement import Placement, Stripe
 from sidp_sgl.weightpool.pool import WeightPool
@@ -178,7 +179,7 @@ def _connected_pool(
         parts = [s for s in pool.placement.blocks[layer] if s.owner == rank]
         memory.copy_(torch.cat([whole[s.offset : s.offset + s.num_bytes] for s in parts]))
         own[layer] = memory
-    offer = Offer(rank, {}, pool.offer(), transport.export())
+    offer = Offer(Member(rank), {}, pool.offer(), transport.export())
     for other, its_offer in exchange(name, offer, group.num_ranks, timeout=30.0).items():
         pool.connect(other, its_offer.content, its_offer.file_descriptors)
     return pool

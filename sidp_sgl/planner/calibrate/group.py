@@ -24,7 +24,7 @@ from sidp_sgl.planner.calibrate.points import (
 )
 from sidp_sgl.planner.calibrate.rank import Barrier, RankMeasuring, RankTask
 from sidp_sgl.planner.models import ModelShape
-from sidp_sgl.scheduler.cores import plan_cores
+from sidp_sgl.sglang_hooks.cpu.cores import plan_cores
 
 TIMEOUT_SECONDS = 900.0
 POINT_SECONDS = 0.06

@@ -11,6 +11,7 @@ import torch
 
 from sidp_sgl.planner.calibrate.decoder import Decoder
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
+from sidp_sgl.scheduler.member import Member
 from sidp_sgl.weightpool.cas.endpoint import CasEndpoint
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
@@ -43,7 +44,7 @@ class Fetches:
         block = make_layout([("weight", torch.empty(num_bytes, dtype=torch.uint8, device="meta"))])
         for memory in self._pool.own(dict.fromkeys(placement.owned(rank), block)).values():
             memory.fill_(1)  # pages that were never written are no memory yet
-        offer = Offer(rank, {}, self._pool.offer(), transport.export())
+        offer = Offer(Member(rank), {}, self._pool.offer(), transport.export())
         for peer, theirs in exchange(meeting, offer, num_ranks, MEETING_SECONDS).items():
             self._pool.connect(peer, theirs.content, theirs.file_descriptors)
         self._pool.start()
@@ -81,7 +82,7 @@ class SentRows:
         mailbox = make_mailbox(transport, rank, num_ranks, staging, graphs=True)
         owned = [self._units[layer] for layer in self._placement.owned(rank)]
         self._endpoint = CasEndpoint(mailbox, staging, owned)
-        offer = Offer(rank, {}, {}, mailbox.export())
+        offer = Offer(Member(rank), {}, {}, mailbox.export())
         for peer, theirs in exchange(meeting, offer, num_ranks, MEETING_SECONDS).items():
             mailbox.connect(peer, theirs.file_descriptors)
         self._endpoint.service.start()

@@ -1,8 +1,8 @@
 """Which rank gets which request, and when: the DP controller's policy with `--sidp`.
 
-Room: scheduler. Pure. A request stays in the window until a rank has room for it, so a rank that
-runs empty never finds another with a queue before it; the few that wait at a rank nevertheless are
-called back when another has room.
+Pure. A request stays in the window until a rank has room for it, so a rank that runs empty never
+finds another with a queue before it; the few that wait at a rank nevertheless are called back when
+another has room.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sidp_sgl.scheduler.dispatch.prompts import RecentPrompts
 from sidp_sgl.scheduler.dispatch.window import Queued, Window
-from sidp_sgl.scheduler.state import RankState
+from sidp_sgl.scheduler.messages import RankState
 
 BACKLOG = 2  # requests that may wait at a rank that has no room: one step is not lost
 IMBALANCE = 4  # requests that a rank may have beyond the least loaded one, for a prefix's sake
@@ -19,7 +19,7 @@ _PREFIX_STEP = 16  # tokens; shorter differences in shared prefixes don't decide
 _OUTPUT_LIMIT = 4096  # SGLang reserves no more output tokens than this for a new request
 
 
-class Taker(NamedTuple):
+class Candidate(NamedTuple):
     """A rank with room, in the eyes of one request. All but `rank` in requests or tokens."""
 
     rank: int
@@ -28,11 +28,11 @@ class Taker(NamedTuple):
     room_tokens: int
 
 
-def choose_rank(takers: Sequence[Taker], least_load: int) -> int:
+def choose_rank(candidates: Sequence[Candidate], least_load: int) -> int:
     """The longest shared prefix first, then the most room; no rank gets far ahead of the others."""
     bound = least_load + max(IMBALANCE, least_load // 4)
-    near = [taker for taker in takers if taker.load <= bound] or takers
-    return max(near, key=lambda t: (t.shared_tokens // _PREFIX_STEP, t.room_tokens, -t.load)).rank
+    near = [c for c in candidates if c.load <= bound] or candidates
+    return max(near, key=lambda c: (c.shared_tokens // _PREFIX_STEP, c.room_tokens, -c.load)).rank
 
 
 class RankLoad:
@@ -41,7 +41,7 @@ class RankLoad:
     def __init__(self) -> None:
         self.state: RankState | None = None
         self.recent = RecentPrompts()
-        self.place: bytes | None = None  # its latest prompt
+        self.cursor: bytes | None = None  # its latest prompt
         self.stalled = 0  # requests that waited through a whole step
         self.is_recalled = False
         self._sent = 0
@@ -75,7 +75,7 @@ class RankLoad:
         return self.room_tokens > 0
 
     @property
-    def is_hungry(self) -> bool:
+    def is_starved(self) -> bool:
         """Nothing waits here, and there is room for more."""
         state = self.state
         if state is None or self.outstanding:
@@ -99,7 +99,7 @@ class RankLoad:
         self._costs.append(max(0, queued.prompt_tokens - shared) + output)
         self._sent += 1
         self.recent.add(queued.prompt)
-        self.place = queued.prompt
+        self.cursor = queued.prompt
         self._forget_admitted()
 
     def take_back(self) -> None:
@@ -141,36 +141,37 @@ class Dispatcher:
     def assign(self) -> Iterator[tuple[int, Queued]]:
         """Requests and their ranks, until the window is empty or no rank has room."""
         while len(self.window):
-            takers = [n for n, rank in enumerate(self.ranks) if rank.can_take]
-            if not takers:
+            free = [n for n, rank in enumerate(self.ranks) if rank.can_take]
+            if not free:
                 return
-            rank, queued = self._next(takers)
+            rank, queued = self._next(free)
             self.send(rank, queued)
             yield rank, queued
 
-    def _next(self, takers: list[int]) -> tuple[int, Queued]:
+    def _next(self, free: list[int]) -> tuple[int, Queued]:
         """Few requests choose among the ranks; many are chosen from by the rank with most room."""
-        if len(self.window) <= len(takers):
+        if len(self.window) <= len(free):
             queued = self.window.oldest()
-            seen = [self._seen(rank, queued) for rank in takers]
+            candidates = [self._candidate(rank, queued) for rank in free]
             least = min(rank.load for rank in self.ranks)
-            return choose_rank(seen, least), self.window.remove(queued.number)
-        chosen = max(takers, key=lambda n: (self.ranks[n].room_tokens, -self.ranks[n].load))
+            return choose_rank(candidates, least), self.window.remove(queued.number)
+        chosen = max(free, key=lambda n: (self.ranks[n].room_tokens, -self.ranks[n].load))
         others = [
-            rank.place
+            rank.cursor
             for n, rank in enumerate(self.ranks)
-            if n != chosen and rank.place is not None
+            if n != chosen and rank.cursor is not None
         ]
-        return chosen, self.window.pick(self.ranks[chosen].place, others)
+        return chosen, self.window.pick(self.ranks[chosen].cursor, others)
 
-    def _seen(self, rank: int, queued: Queued) -> Taker:
+    def _candidate(self, rank: int, queued: Queued) -> Candidate:
         load = self.ranks[rank]
-        return Taker(rank, load.load, load.recent.shared_tokens(queued.prompt), load.room_tokens)
+        shared = load.recent.shared_tokens(queued.prompt)
+        return Candidate(rank, load.load, shared, load.room_tokens)
 
     def recalls(self) -> Iterator[tuple[int, int]]:
         """(rank, requests that it shall give back): half of what waits there for long, while
         nothing else is left for a rank with room."""
-        if len(self.window) or not any(rank.is_hungry for rank in self.ranks):
+        if len(self.window) or not any(rank.is_starved for rank in self.ranks):
             return
         donor = max(range(len(self.ranks)), key=lambda n: self.ranks[n].stalled)
         load = self.ranks[donor]

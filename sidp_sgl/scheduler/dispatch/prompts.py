@@ -1,7 +1,4 @@
-"""Prompts as keys that sort by shared prefix, and a rank's recent ones.
-
-Room: scheduler. Pure.
-"""
+"""Prompts as keys that sort by shared prefix, and a rank's recent ones."""
 
 from collections import deque
 from collections.abc import Sequence

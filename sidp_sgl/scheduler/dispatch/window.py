@@ -1,9 +1,9 @@
 """The requests that no rank has yet, in an order that serves the prefix caches and the job's tail.
 
-Room: scheduler. Pure. Long outputs come first, those of about the same length sorted by prompt.
-Each rank walks through this order from a place of its own, so that prompts that share a prefix
-follow each other on one rank; a rank that comes to another's place goes on in the middle of what
-is left.
+Pure. Long outputs come first, those of about the same length sorted by prompt.
+Each rank moves a cursor of its own through this order, so that prompts that share a prefix follow
+each other on one rank; a rank that comes to another's cursor goes on in the middle of what is
+left.
 """
 
 from collections import OrderedDict
@@ -65,19 +65,19 @@ class Window:
     def oldest(self) -> Queued:
         return next(iter(self._by_number.values()))[0]
 
-    def pick(self, place: bytes | None, others: Sequence[bytes]) -> Queued:
-        """The next request for a rank whose latest prompt is `place`; `others`: other ranks'."""
-        return self.remove(self._choose(place, others))
+    def pick(self, cursor: bytes | None, others: Sequence[bytes]) -> Queued:
+        """The next request for a rank whose latest prompt is `cursor`; `others`: other ranks'."""
+        return self.remove(self._choose(cursor, others))
 
-    def _choose(self, place: bytes | None, others: Sequence[bytes]) -> int:
+    def _choose(self, cursor: bytes | None, others: Sequence[bytes]) -> int:
         oldest, deadline = next(iter(self._by_number.values()))
         if deadline <= self._picks:
             return oldest.number
         bucket = self._buckets[max(self._buckets)]
-        if place is not None:
-            index = bucket.bisect_left((place,))
+        if cursor is not None:
+            index = bucket.bisect_left((cursor,))
             near = [bucket[i] for i in (index, index - 1) if 0 <= i < len(bucket)]
-            shared = [shared_tokens(place, prompt) for prompt, _ in near]
+            shared = [shared_tokens(cursor, prompt) for prompt, _ in near]
             best = shared.index(max(shared))
             prompt, number = near[best]
             if all(shared_tokens(other, prompt) <= shared[best] for other in others):
@@ -85,14 +85,14 @@ class Window:
         return _in_largest_gap(bucket, others)
 
 
-def _in_largest_gap(bucket: SortedList, places: Sequence[bytes]) -> int:
-    """The first request where no rank's place is before it; else that in the middle of the
-    longest way from one rank's place to the next one's."""
-    cuts = sorted({bucket.bisect_left((place,)) for place in places} | {0, len(bucket)})
-    if len(cuts) == 2 and not places:
+def _in_largest_gap(bucket: SortedList, cursors: Sequence[bytes]) -> int:
+    """The first request where no rank's cursor is before it; else that in the middle of the
+    longest way from one rank's cursor to the next one's."""
+    cuts = sorted({bucket.bisect_left((cursor,)) for cursor in cursors} | {0, len(bucket)})
+    if len(cuts) == 2 and not cursors:
         return bucket[0][1]
     begin, end = max(pairwise(cuts), key=lambda gap: gap[1] - gap[0])
-    is_free = begin == 0 and not any(bucket.bisect_left((place,)) == 0 for place in places)
+    is_free = begin == 0 and not any(bucket.bisect_left((cursor,)) == 0 for cursor in cursors)
     return bucket[begin if is_free else (begin + end) // 2][1]
 
 

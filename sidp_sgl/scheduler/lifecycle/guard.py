@@ -1,6 +1,6 @@
 """One engine with --sidp as its main process sees it: starting, running, failed or closed.
 
-Room: scheduler. Whatever ends one process of the engine ends the engine: the first failure is
+Whatever ends one process of the engine ends the engine: the first failure is
 kept, the other processes are killed, everybody who waits for an answer gets the failure, and
 nothing of the engine stays.
 """
@@ -9,7 +9,7 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -27,6 +27,7 @@ from sidp_sgl.scheduler.lifecycle.liveness import (
     describe_exit,
     watch_process,
 )
+from sidp_sgl.scheduler.member import Member
 
 Result = TypeVar("Result")
 _LAST_MESSAGE_SECONDS = 1.0  # a process's own reason is preferred to how it ended
@@ -53,7 +54,7 @@ class Guard:
         self.is_draining: Callable[[], bool] = lambda: False
         self._state = threading.Condition()
         self._release_lock = threading.Lock()
-        self._pooled: set[int] = set()
+        self._pooled: set[Member] = set()
         self._processes: list[BaseProcess] = []
         self._waiting: set[asyncio.Task] = set()
         self._janitor = Janitor(group)
@@ -76,16 +77,15 @@ class Guard:
 
     def _on_message(self, message: Message) -> None:
         match message:
-            case Pooled(dp_rank):
+            case Pooled(member):
                 with self._state:
-                    self._pooled.add(dp_rank)
+                    self._pooled.add(member)
                     self._state.notify_all()
-            case Failed(dp_rank, reason):
-                rank = "a rank" if dp_rank is None else f"DP rank {dp_rank}"
-                self.fail(f"{rank} failed", f": {reason}")
-            case Exited(dp_rank, pid, exitcode):
+            case Failed(member, reason):
+                self.fail(f"{member or 'a rank'} failed", f": {reason}")
+            case Exited(member, pid, exitcode):
                 self._lifeline.wait_for_last_message(pid, _LAST_MESSAGE_SECONDS)
-                self._on_exit(f"DP rank {dp_rank}", pid, exitcode)
+                self._on_exit(str(member), pid, exitcode)
 
     def _on_child_exit(self, name: str, pid: int, exitcode: int) -> None:
         # A rank's failure takes the processes around it along: let its report come first.
@@ -176,16 +176,16 @@ class Guard:
             self._wait_for_failure(_SETTLE_SECONDS)
         return None if self.failure is None else self._new_failure()
 
-    def ready(self, num_ranks: int) -> None:
-        """Every rank has started; fails the engine where one did so without a pool."""
-        ranks = set(range(num_ranks))
+    def ready(self, members: Iterable[Member]) -> None:
+        """All have started; fails the engine where one did so without a pool."""
+        expected = set(members)
         with self._state:
             self._state.wait_for(
-                lambda: ranks <= self._pooled or self.failure is not None, _POOLED_SECONDS
+                lambda: expected <= self._pooled or self.failure is not None, _POOLED_SECONDS
             )
-        if missing := ranks - self._pooled:
+        if missing := expected - self._pooled:
             self.fail(
-                f"DP rank {min(missing)} started without SiDP's hooks",
+                f"{min(missing)} started without SiDP's hooks",
                 ": see its log above, and that SGLANG_PLUGINS, if set, contains sidp",
             )
         self.raise_if_ended()

@@ -8,63 +8,62 @@ import os
 import select
 import signal
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
-import orjson
+from msgspec import Struct, json
 
 from sidp_sgl.errors import SidpError
+from sidp_sgl.scheduler.lifecycle.credentials import peer
+from sidp_sgl.scheduler.member import Member
 
 
 class RankFailure(SidpError):
     """The engine has ended because a rank of it did; the message names the rank."""
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """The rank's pool is active."""
-
-    dp_rank: int
+class _Message(Struct, frozen=True, forbid_unknown_fields=True, tag=True, tag_field="kind"):
+    pass
 
 
-@dataclass(frozen=True)
-class Failed:
-    """The process gives up; `dp_rank` is None where it does not know its rank yet."""
+class Pooled(_Message, frozen=True):
+    """The member's pool is active."""
 
-    dp_rank: int | None
+    member: Member
+
+
+class Failed(_Message, frozen=True):
+    """The process gives up; `member` is None where it does not know yet which one it is."""
+
+    member: Member | None
     reason: str  # one line
 
 
-@dataclass(frozen=True)
-class Exited:
-    """The DP controller saw the process of a rank end."""
+class Exited(_Message, frozen=True):
+    """The DP controller saw the process of a member end."""
 
-    dp_rank: int
+    member: Member
     pid: int
     exitcode: int  # as in multiprocessing: minus the signal's number
 
 
 Message = Pooled | Failed | Exited
-_KINDS: dict[str, type[Message]] = {"pooled": Pooled, "failed": Failed, "exited": Exited}
+_decoder = json.Decoder(Message)
 
 
 def encode(message: Message) -> bytes:
-    kind = next(kind for kind, cls in _KINDS.items() if isinstance(message, cls))
-    return orjson.dumps({"kind": kind, **asdict(message)}) + b"\n"
+    return json.encode(message) + b"\n"
 
 
 def decode(line: bytes) -> Message | None:
     """None where the line is malformed or of an unknown kind."""
     try:
-        values = orjson.loads(line)
-        return _KINDS[values.pop("kind")](**values)
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return _decoder.decode(line)
+    except ValueError:  # msgspec's own errors, and text that is no UTF-8
         return None
 
 
@@ -92,7 +91,7 @@ class LifelineServer:
 
     def _accept_one(self) -> None:
         connection, _ = self._listener.accept()
-        pid, user = _peer(connection)
+        pid, user = peer(connection)
         if user != os.getuid():
             connection.close()
             return
@@ -158,10 +157,10 @@ class Lifeline:
         self._socket.sendall(encode(message))
 
 
-def give_up(group: str, dp_rank: int | None, error: BaseException) -> None:
+def give_up(group: str, member: Member | None, error: BaseException) -> None:
     """Tell the main process why, and end this process without a word more."""
     try:
-        Lifeline(group).send(Failed(dp_rank, one_line(error)))
+        Lifeline(group).send(Failed(member, one_line(error)))
     finally:
         os._exit(1)
 
@@ -199,10 +198,3 @@ def describe_exit(exitcode: int) -> str:
 
 def _address(group: str) -> str:
     return f"\0sidp-{group}-main"
-
-
-def _peer(connection: socket.socket) -> tuple[int, int]:
-    """Process id and user id of the other end."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    pid, user, _ = struct.unpack("iii", credentials)
-    return pid, user

@@ -1,7 +1,7 @@
-"""Where the ranks of a group meet once, while loading: they compare and exchange their offers.
+"""Where the members of a group meet once, while loading: they compare and exchange their offers.
 
-Every rank listens on an abstract Unix socket (no file anywhere) named after the group, serves its
-offer to each peer and asks each peer for its own; file descriptors travel beside the offer.
+Every member listens on an abstract Unix socket (no file anywhere), serves its offer to each peer
+and asks each peer for its own; file descriptors travel beside the offer.
 """
 
 import array
@@ -14,50 +14,52 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
+from msgspec import json
 
 from sidp_sgl.errors import SidpError
+from sidp_sgl.scheduler.lifecycle.credentials import peer
+from sidp_sgl.scheduler.member import Member
 
 TIMEOUT_SECONDS = 600.0
 _MAX_FDS = 16
 
 
 class RendezvousError(SidpError):
-    """The ranks could not meet, or they differ."""
+    """The members could not meet, or they differ."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What one rank gives to the others."""
+    """What one member gives to the others."""
 
-    rank: int
-    fingerprint: Mapping[str, Any]  # JSON values; must be equal on all ranks
+    member: Member
+    fingerprint: Mapping[str, Any]  # JSON values; must be equal on all members
     content: Mapping[str, Any]  # JSON values
     file_descriptors: list[int]
 
 
 def exchange(
-    group: str, own: Offer, num_ranks: int, timeout: float = TIMEOUT_SECONDS
+    engine: str, own: Offer, dp_size: int, timeout: float = TIMEOUT_SECONDS
 ) -> dict[int, Offer]:
-    """Meet the other ranks; returns their offers by rank.
+    """Meet the other members of the own group in an `engine`; returns their offers by DP rank.
 
-    Raises RendezvousError with the reason when a rank differs or does not come in time.
+    Raises RendezvousError with the reason when a member differs or does not come in time.
     """
     deadline = time.monotonic() + timeout
+    peers = [own.member._replace(dp_rank=n) for n in range(dp_size) if n != own.member.dp_rank]
     offers: dict[int, Offer] = {}
     try:
-        with _listen(group, own.rank) as listener:
+        with _listen(engine, own.member) as listener:
             served = threading.Thread(
-                target=_serve, args=(listener, own, num_ranks - 1, deadline), daemon=True
+                target=_serve, args=(listener, own, len(peers), deadline), daemon=True
             )
             served.start()
-            for rank in range(num_ranks):
-                if rank != own.rank:
-                    offers[rank] = _ask(group, rank, deadline, timeout)
+            for member in peers:
+                offers[member.dp_rank] = _ask(engine, member, deadline, timeout)
             served.join(max(0.0, deadline - time.monotonic()))
             if served.is_alive():
                 raise RendezvousError(
-                    f"rank {own.rank} was not asked by all others within {timeout:.0f} s"
+                    f"{own.member} was not asked by all others within {timeout:.0f} s"
                 )
         # Not before everyone has been served: the others shall see a difference, not a silence.
         for offer in offers.values():
@@ -70,32 +72,29 @@ def exchange(
 
 
 def compare(own: Offer, other: Offer) -> None:
-    """Raise RendezvousError naming the first thing in which two ranks' fingerprints differ."""
+    """Raise RendezvousError naming the first thing in which two fingerprints differ."""
     for key in sorted({*own.fingerprint, *other.fingerprint}):
         mine, theirs = own.fingerprint.get(key), other.fingerprint.get(key)
         if mine != theirs:
             raise RendezvousError(
-                f"DP ranks {own.rank} and {other.rank} differ in {key}: {mine!r} and {theirs!r}; "
+                f"{own.member} and {other.member} differ in {key}: {mine!r} and {theirs!r}; "
                 "all ranks of a group need the same software, flags and checkpoint"
             )
 
 
-def _address(group: str, rank: int) -> str:
-    return f"\0sidp-{group}-rank{rank}"
+def _address(engine: str, member: Member) -> str:
+    return f"\0sidp-{engine}-{member.dp_rank}-{member.tp_rank}"
 
 
-def _listen(group: str, rank: int) -> socket.socket:
+def _listen(engine: str, member: Member) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(_address(group, rank))
+    listener.bind(_address(engine, member))
     listener.listen(64)
     return listener
 
 
 def _serve(listener: socket.socket, own: Offer, num_peers: int, deadline: float) -> None:
-    body = orjson.dumps(
-        {"rank": own.rank, "fingerprint": own.fingerprint, "content": own.content},
-        option=orjson.OPT_NON_STR_KEYS,
-    )
+    body = json.encode((own.member, own.fingerprint, own.content))
     header = struct.pack("<QI", len(body), len(own.file_descriptors))
     served = 0
     while served < num_peers and time.monotonic() < deadline:
@@ -107,7 +106,7 @@ def _serve(listener: socket.socket, own: Offer, num_peers: int, deadline: float)
         except OSError:
             return  # closed: the rendezvous has failed elsewhere
         with connection:
-            if _peer_user(connection) != os.getuid():
+            if peer(connection)[1] != os.getuid():
                 continue
             connection.settimeout(30.0)
             try:
@@ -118,24 +117,19 @@ def _serve(listener: socket.socket, own: Offer, num_peers: int, deadline: float)
                 continue  # that peer asks again or has died
 
 
-def _peer_user(connection: socket.socket) -> int:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return struct.unpack("iii", credentials)[1]
-
-
-def _ask(group: str, rank: int, deadline: float, timeout: float) -> Offer:
+def _ask(engine: str, member: Member, deadline: float, timeout: float) -> Offer:
     while time.monotonic() < deadline:
         try:
-            return _ask_once(group, rank, deadline)
+            return _ask_once(engine, member, deadline)
         except OSError:
             time.sleep(0.02)  # not there yet
-    raise RendezvousError(f"DP rank {rank} did not come to the rendezvous within {timeout:.0f} s")
+    raise RendezvousError(f"{member} did not come to the rendezvous within {timeout:.0f} s")
 
 
-def _ask_once(group: str, rank: int, deadline: float) -> Offer:
+def _ask_once(engine: str, member: Member, deadline: float) -> Offer:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(min(30.0, max(0.1, deadline - time.monotonic())))
-        connection.connect(_address(group, rank))
+        connection.connect(_address(engine, member))
         header, ancillary, _, _ = connection.recvmsg(12, socket.CMSG_SPACE(4 * _MAX_FDS))
         fds = array.array("i")
         for level, kind, data in ancillary:
@@ -157,8 +151,8 @@ def _ask_once(group: str, rank: int, deadline: float) -> Offer:
         except OSError:
             _close_all(fds)
             raise
-    message = orjson.loads(body)
-    return Offer(message["rank"], message["fingerprint"], message["content"], list(fds))
+    offered = json.decode(body, type=tuple[Member, dict[str, Any], dict[str, Any]])
+    return Offer(*offered, list(fds))
 
 
 def _close_all(file_descriptors: Iterable[int]) -> None:

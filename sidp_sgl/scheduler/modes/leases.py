@@ -1,18 +1,18 @@
 """The owner's side of a negotiation: which rank may use which rows of the staging area.
 
-Room: scheduler. Messages may come late, twice, in any order or never. A rank's step numbers
+Messages may come late, twice, in any order or never. A rank's step numbers
 increase, so whatever speaks of a step tells that all older ones are over.
 """
 
 from collections.abc import Iterator
 
-from sidp_sgl.scheduler.messages import CasDecline, CasGrant, CasRelease, CasRequest
+from sidp_sgl.scheduler.messages import LeaseDecline, LeaseGrant, LeaseRelease, LeaseRequest
 
 STALE = "stale"
 NO_ROWS = "no rows"
 TOO_MANY_ROWS = "too many rows"
 STAGING_FULL = "staging full"
-Answer = CasGrant | CasDecline
+Answer = LeaseGrant | LeaseDecline
 
 
 class LeaseLedger:
@@ -24,32 +24,32 @@ class LeaseLedger:
 
     def __init__(self, capacity_rows: int) -> None:
         self.capacity_rows = capacity_rows
-        self._leases: dict[int, CasGrant] = {}  # by requesting rank
-        self._answered: dict[int, tuple[CasRequest, Answer]] = {}  # by rank: its latest step
+        self._leases: dict[int, LeaseGrant] = {}  # by requesting rank
+        self._answered: dict[int, tuple[LeaseRequest, Answer]] = {}  # by rank: its latest step
         self._closed: dict[int, int] = {}  # by rank: its latest step that was released
 
-    def request(self, owner: int, message: CasRequest, refusal: str | None = None) -> Answer:
+    def request(self, owner: int, message: LeaseRequest, refusal: str | None = None) -> Answer:
         """The answer of `owner` (this rank). `refusal`: why it does not want to serve, if so."""
         rank, step = message.rank, message.step
         latest, answer = self._answered.get(rank, (None, None))
         if step <= self._closed.get(rank, -1) or (latest is not None and step < latest.step):
-            return CasDecline(owner, rank, step, STALE)
+            return LeaseDecline(owner, rank, step, STALE)
         if latest is not None and answer is not None and step == latest.step:
             # One step, one answer: a duplicate of a declined request must not get a lease.
-            return answer if message == latest else CasDecline(owner, rank, step, STALE)
+            return answer if message == latest else LeaseDecline(owner, rank, step, STALE)
         self._leases.pop(rank, None)
         answer = self._answer(owner, message, refusal)
-        if isinstance(answer, CasGrant):
+        if isinstance(answer, LeaseGrant):
             self._leases[rank] = answer
         self._answered[rank] = message, answer
         return answer
 
-    def _answer(self, owner: int, message: CasRequest, refusal: str | None) -> Answer:
+    def _answer(self, owner: int, message: LeaseRequest, refusal: str | None) -> Answer:
         offset = None
         if refusal is None and 1 <= message.rows <= self.capacity_rows:
             offset = self._first_fit(message.rows)
         if offset is not None:
-            return CasGrant(owner, message.rank, message.step, offset, message.rows)
+            return LeaseGrant(owner, message.rank, message.step, offset, message.rows)
         reason = refusal or (
             NO_ROWS
             if message.rows < 1
@@ -57,7 +57,7 @@ class LeaseLedger:
             if message.rows > self.capacity_rows
             else STAGING_FULL
         )
-        return CasDecline(owner, message.rank, message.step, reason)
+        return LeaseDecline(owner, message.rank, message.step, reason)
 
     def _first_fit(self, rows: int) -> int | None:
         return next((first for first, end in self._gaps() if end - first >= rows), None)
@@ -70,7 +70,7 @@ class LeaseLedger:
             first = lease.offset + lease.rows
         yield first, self.capacity_rows
 
-    def release(self, message: CasRelease) -> None:
+    def release(self, message: LeaseRelease) -> None:
         """End the rank's lease unless it is of a newer step; a request that comes later is stale.
 
         An older step's lease ends too: the newer step's own request may have been lost.
@@ -79,10 +79,6 @@ class LeaseLedger:
         self._closed[rank] = max(step, self._closed.get(rank, -1))
         if rank in self._leases and self._leases[rank].step <= step:
             del self._leases[rank]
-
-    @property
-    def leased_rows(self) -> int:
-        return sum(lease.rows for lease in self._leases.values())
 
     def leases(self) -> dict[int, tuple[int, int, int]]:
         """Requesting rank → (step, offset, rows)."""

@@ -1,11 +1,11 @@
 """The requester's side of a negotiation: rows asked of all owners, their answers, the release.
 
-Room: scheduler. Nothing waits here: whoever sees no decision in time abandons, and streams.
+Nothing waits here: whoever sees no decision in time abandons, and streams.
 """
 
 from collections.abc import Sequence
 
-from sidp_sgl.scheduler.messages import CasDecline, CasGrant, CasRelease, CasRequest
+from sidp_sgl.scheduler.messages import LeaseDecline, LeaseGrant, LeaseRelease, LeaseRequest
 
 
 class Negotiation:
@@ -26,9 +26,9 @@ class Negotiation:
         self._is_current = False
         self._rows = 0
         self._offsets: dict[int, int] = {}  # of the owners that granted
-        self._declines: dict[int, str] = {}  # reasons of the owners that declined
+        self._decliners: set[int] = set()
 
-    def begin(self, rows: int) -> list[tuple[int, CasRequest]]:
+    def begin(self, rows: int) -> list[tuple[int, LeaseRequest]]:
         """Ask every owner for `rows` rows. Returns (owner, message) pairs to send.
 
         The previous negotiation is over, its rows must not be used any more: the owners free them
@@ -40,34 +40,32 @@ class Negotiation:
         self._step += 1
         self.requests += 1
         self._count_if_granted()  # a rank that asks nobody has all it needs
-        return [(owner, CasRequest(self._rank, self._step, rows)) for owner in self._owners]
+        return [(owner, LeaseRequest(self._rank, self._step, rows)) for owner in self._owners]
 
-    def on_message(self, message: CasGrant | CasDecline) -> list[tuple[int, CasRelease]]:
+    def on_message(self, message: LeaseGrant | LeaseDecline) -> list[tuple[int, LeaseRelease]]:
         """Take an owner's answer. Returns (owner, message) pairs to send."""
         owner, step = message.owner, message.step
         # A step that was not begun yet must never be released: that would close it.
         is_own = message.rank == self._rank and owner in self._owners and step <= self._step
         if is_own and not self._is_current:
             self.stale += 1
-            is_lease = isinstance(message, CasGrant)
-            return [(owner, CasRelease(self._rank, step))] if is_lease else []
-        if not is_own or step != self._step or owner in self._offsets or owner in self._declines:
+            is_lease = isinstance(message, LeaseGrant)
+            return [(owner, LeaseRelease(self._rank, step))] if is_lease else []
+        if not is_own or step != self._step or owner in self._offsets or owner in self._decliners:
             self.stale += 1  # a lease of an older step ends by the request that is under way
             return []
-        if isinstance(message, CasGrant) and message.rows >= self._rows:
+        if isinstance(message, LeaseGrant) and message.rows >= self._rows:
             self._offsets[owner] = message.offset
             self._count_if_granted()
         else:
-            self.declined += not self._declines
-            self._declines[owner] = (
-                message.reason if isinstance(message, CasDecline) else "too few rows granted"
-            )
+            self.declined += not self._decliners
+            self._decliners.add(owner)
         return []
 
     def _count_if_granted(self) -> None:
         self.granted += self.is_granted
 
-    def abandon(self) -> list[tuple[int, CasRelease]]:
+    def abandon(self) -> list[tuple[int, LeaseRelease]]:
         """End the current negotiation, used or not; the rows must not be used any more.
 
         Every owner is told, also those that have not answered: their grant may be on its way.
@@ -76,12 +74,12 @@ class Negotiation:
         if not self._is_current:
             return []
         self._close()
-        return [(owner, CasRelease(self._rank, self._step)) for owner in self._owners]
+        return [(owner, LeaseRelease(self._rank, self._step)) for owner in self._owners]
 
     @property
     def is_decided(self) -> bool:
         """All have granted, or one has declined; False where nothing is current."""
-        return self.is_granted or bool(self._declines)
+        return self.is_granted or bool(self._decliners)
 
     @property
     def is_granted(self) -> bool:
@@ -96,11 +94,6 @@ class Negotiation:
     def offsets(self) -> dict[int, int]:
         """Owner → first leased row; empty unless all have granted."""
         return dict(self._offsets) if self.is_granted else {}
-
-    @property
-    def decline_reason(self) -> str | None:
-        """Of the first owner that declined."""
-        return next(iter(self._declines.values()), None)
 
     @property
     def step(self) -> int:

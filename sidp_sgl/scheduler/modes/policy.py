@@ -1,6 +1,6 @@
 """Which mode a decode step runs in: stream the weights (WaS) or send the rows (CaS).
 
-Room: scheduler. Pure: a state machine over batch sizes and thresholds, stepped once per decode.
+Pure: a state machine over batch sizes and thresholds, stepped once per decode.
 """
 
 import math

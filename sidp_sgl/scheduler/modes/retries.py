@@ -1,7 +1,4 @@
-"""When the mode that is not in use is tried again: what it takes is seen in its own steps only.
-
-Room: scheduler. Pure.
-"""
+"""When the mode that is not in use is tried again: what it takes is seen in its own steps only."""
 
 from sidp_sgl.scheduler.modes.policy import CAS, WAS
 

@@ -1,12 +1,13 @@
 """How much of its recent time an owner spent serving others, and when that is too much.
 
-Room: scheduler. Pure but for a lock: time comes in as an argument (seconds, monotonic).
+Pure but for a lock: time comes in as an argument (seconds, monotonic).
 """
 
 import threading
 from collections import deque
 
 BUSY = "busy"
+SERVICE_LIMIT = 0.5  # of its time, that an owner with a batch of its own serves others
 
 
 class ServiceShare:
@@ -50,9 +51,9 @@ class ServiceShare:
             self._busy = 0.0  # no rounding errors are carried on
 
 
-def decline_reason(share: float, own_batch_size: int, limit: float) -> str | None:
+def decline_reason(share: float, own_batch_size: int) -> str | None:
     """Why an owner that spends `share` of its time serving refuses to serve more; None: it serves.
 
     An owner without a running batch of its own always serves: nothing of its own can starve.
     """
-    return None if own_batch_size == 0 or share < limit else BUSY
+    return None if own_batch_size == 0 or share < SERVICE_LIMIT else BUSY

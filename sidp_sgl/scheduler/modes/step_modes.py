@@ -1,11 +1,11 @@
 """Which mode a rank's next step runs in: policy, estimates and negotiation put together.
 
-Room: scheduler. Between steps only; a step that has begun in CaS may still fall back by itself.
+Between steps only; a step that has begun in CaS may still fall back by itself.
 """
 
 from collections.abc import Mapping
 
-from sidp_sgl.scheduler.control import SchedulerControl
+from sidp_sgl.scheduler.modes.lease_client import LeaseClient
 from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.times import StepTimes
 
@@ -24,12 +24,12 @@ class StepModes:
     def __init__(
         self,
         policy: ModePolicy,
-        control: SchedulerControl,
+        leases: LeaseClient,
         max_rows: int,
         threshold: int | None = None,
     ) -> None:
         self.policy = policy
-        self.control = control
+        self.leases = leases
         self.times: StepTimes | None = None
         self.steps = {WAS: 0, CAS: 0}
         self._max_rows = max_rows
@@ -76,16 +76,16 @@ class StepModes:
             return None
         if batch_size > self._max_rows:
             return None
-        return self.control.leases(batch_size, self._patience(batch_size))
+        return self.leases.acquire(batch_size, self._patience(batch_size))
 
     def end_decode(self, batch_size: int, mode: str, *, can_call: bool = True) -> None:
         """Count the step, and ask for the next one's leases while the scheduler does its part."""
         self.steps[mode] += 1
         if self.policy.mode == CAS and can_call and batch_size <= self._max_rows:
             rows = -(-batch_size // _ROUND_ROWS) * _ROUND_ROWS
-            self.control.ask(min(rows, self._max_rows))
+            self.leases.ask(min(rows, self._max_rows))
         else:
-            self.control.release()
+            self.leases.release()
 
     def end_prefill(self) -> None:
         """A prefill step always streams weights; leases asked for meanwhile stay."""

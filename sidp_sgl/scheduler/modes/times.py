@@ -1,6 +1,6 @@
 """What a rank knows about the time of its decode steps, and the threshold that follows.
 
-Room: scheduler. Pure: measured at start, corrected by every step. All times in seconds.
+Pure: measured at start, corrected by every step. All times in seconds.
 """
 
 from bisect import bisect_left

@@ -1,16 +1,24 @@
-"""Which cores each CPU rank gets: more OpenMP threads than cores per rank is ruinous.
-
-Room: sglang_hooks. The plan is the scheduler room's; here it becomes the environment variables that
-SGLang's ranks read.
-"""
+"""Which cores each CPU rank gets: more OpenMP threads than cores per rank is ruinous."""
 
 import os
-
-from sidp_sgl.scheduler.cores import plan_cores
 
 BIND_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 _ours: dict[str, str] = {}  # what this module set, so that the next engine may set it anew
+
+
+def plan_cores(cores: list[int], num_ranks: int) -> list[list[int]]:
+    """Cores of every rank: disjoint and contiguous while they last, else one each in turn.
+
+    >>> plan_cores([0, 1, 2, 3], 2)
+    [[0, 1], [2, 3]]
+    >>> plan_cores([0, 1], 4)
+    [[0], [1], [0], [1]]
+    """
+    if num_ranks >= len(cores):
+        return [[cores[rank % len(cores)]] for rank in range(num_ranks)]
+    per_rank = len(cores) // num_ranks
+    return [cores[rank * per_rank : (rank + 1) * per_rank] for rank in range(num_ranks)]
 
 
 def divide_cores(num_ranks: int) -> None:

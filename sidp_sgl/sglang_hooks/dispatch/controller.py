@@ -1,6 +1,6 @@
 """The DP controller with `--load-balance-method sidp`: its event loop, and what it tells the ranks.
 
-Room: sglang_hooks. Requests wait here, not at the ranks; everything else passes through as always.
+Requests wait here, not at the ranks; everything else passes through as always.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.dispatch.policy import Dispatcher
 from sidp_sgl.scheduler.dispatch.prompts import prompt_key
 from sidp_sgl.scheduler.dispatch.window import Queued
-from sidp_sgl.scheduler.messages import DispatchUpdate, Recall, StateUpdate
+from sidp_sgl.scheduler.messages import DispatchUpdate, RankState, Recall
 from sidp_sgl.sglang_hooks.dispatch.waiting import requests_in
 from sidp_sgl.sglang_hooks.required import Hook
 
@@ -32,8 +32,8 @@ class ControllerDispatch:
 
     def __init__(self, directory: Path, num_ranks: int) -> None:
         self.dispatcher = Dispatcher(num_ranks)
-        self._states = bus.Inbox(bus.controller_address(directory))
-        self._ranks = bus.Outbox({n: bus.control_address(directory, n) for n in range(num_ranks)})
+        self._states = bus.Inbox(bus.states_address(directory))
+        self._ranks = bus.Outbox({n: bus.dispatch_address(directory, n) for n in range(num_ranks)})
         self._returns: zmq.Socket = zmq.Context.instance().socket(zmq.PULL)
         self._returns.set(zmq.LINGER, 0)
         self._returns.bind(bus.returns_address(directory))
@@ -56,9 +56,9 @@ class ControllerDispatch:
             poller.poll(wait)
             for message in _received(controller.recv_from_tokenizer):
                 self._on_message(controller, message)
-            for update in self._states.drain():
-                if isinstance(update, StateUpdate):
-                    self.dispatcher.update(update.state)
+            for state in self._states.drain():
+                if isinstance(state, RankState):
+                    self.dispatcher.update(state)
             self._take_returns(controller)
             for rank, queued in self.dispatcher.assign():
                 self._send(controller, rank, queued)

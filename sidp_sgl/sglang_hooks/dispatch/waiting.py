@@ -1,6 +1,6 @@
 """A rank's end of the dispatch: counts what the DP controller sends, gives back what waits.
 
-Room: sglang_hooks. Only requests that have not begun can move; they go back as they came.
+Only requests that have not begun can move; they go back as they came.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.plugins.hook_registry import HookType
 
 from sidp_sgl.scheduler.bus import returns_address
-from sidp_sgl.scheduler.control import ControlThread
+from sidp_sgl.scheduler.dispatch.link import ControllerLink
 from sidp_sgl.sglang_hooks.required import Hook
 
 _BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
@@ -37,10 +37,10 @@ def requests_in(message: Any) -> list[Any]:
 class WaitingRequests:
     """In a rank's scheduler."""
 
-    def __init__(self, rank: int, control: ControlThread, directory: Path) -> None:
+    def __init__(self, rank: int, controller: ControllerLink, directory: Path) -> None:
         self.received = 0  # what was given back is not counted
         self._rank = rank
-        self._control = control
+        self._controller = controller
         self._originals: dict[str, Any] = {}  # of requests that may still wait, by request id
         self._returns: zmq.Socket = zmq.Context.instance().socket(zmq.PUSH)
         self._returns.set(zmq.LINGER, 0)
@@ -57,9 +57,8 @@ class WaitingRequests:
                 self.received += 1
                 if request.routed_dp_rank is None:  # else the user wants this rank
                     self._originals[request.rid] = request
-        if self._control.recalled:
-            wanted, self._control.recalled = self._control.recalled, 0
-            self._give_back(scheduler, wanted)
+        if recalled := self._controller.recalled():
+            self._give_back(scheduler, recalled)
         queue = scheduler.waiting_queue
         if len(self._originals) > 2 * len(queue) + 64:
             waiting = {request.rid for request in queue}

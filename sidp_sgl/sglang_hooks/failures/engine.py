@@ -15,6 +15,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from sidp_sgl.scheduler.lifecycle.guard import Guard
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
+from sidp_sgl.scheduler.member import members
 from sidp_sgl.sglang_hooks import arguments, required
 from sidp_sgl.sglang_hooks.failures import guards, pending, server, signals, sockets
 from sidp_sgl.sglang_hooks.required import Hook
@@ -44,7 +45,8 @@ def _launch(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     sockets.place(config.group, guard.directory)
     try:
         launched = original(cls, *args, **kwargs)
-        guard.ready(get_parallel().num_dp_ranks)
+        parallel = get_parallel()
+        guard.ready(members(parallel.num_dp_ranks, parallel.tp_size))
     except BaseException as error:
         failure = None if isinstance(error, KeyboardInterrupt) else guard.explanation()
         guard.close()

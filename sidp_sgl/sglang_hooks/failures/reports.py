@@ -1,6 +1,6 @@
 """What an engine's other processes report to its main process: pools, errors, exits.
 
-Room: sglang_hooks. An error that the main process knows of needs no traceback in the log when it
+An error that the main process knows of needs no traceback in the log when it
 is SiDP's own; of any other the traceback is logged first.
 """
 
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_parallel
 
 from sidp_sgl.errors import SidpError
 from sidp_sgl.scheduler.lifecycle.liveness import Exited, Lifeline, Pooled, give_up, watch_process
 from sidp_sgl.scheduler.lifecycle.spawning import DIRECTORY
-from sidp_sgl.scheduler.state_receiver import StateReceiver
+from sidp_sgl.scheduler.member import Member
 from sidp_sgl.sglang_hooks.failures import sockets
 from sidp_sgl.sglang_hooks.required import Hook
 
@@ -36,9 +37,9 @@ def join(group: str) -> Lifeline:
 class RankReports:
     """In a DP scheduler process."""
 
-    def __init__(self, group: str, dp_rank: int) -> None:
+    def __init__(self, group: str, member: Member) -> None:
         self._group = group
-        self._dp_rank = dp_rank
+        self._member = member
         self._is_pooled: Callable[[], bool] = lambda: False
         self._lifeline = join(group)
 
@@ -49,8 +50,8 @@ class RankReports:
             yield
         except Exception as error:
             if not isinstance(error, SidpError):
-                logger.exception("DP rank %d fails", self._dp_rank)
-            give_up(self._group, self._dp_rank, error)
+                logger.exception("%s fails", self._member)
+            give_up(self._group, self._member, error)
 
     def hooks(self, is_pooled: Callable[[], bool]) -> list[Hook]:
         """`is_pooled`: whether the rank's pool is active; asked once the scheduler is made."""
@@ -66,7 +67,7 @@ class RankReports:
             original(*args, **kwargs)
             if not self._is_pooled():
                 raise SidpError("--sidp: SGLang has loaded the model past the weight pool")
-            self._lifeline.send(Pooled(self._dp_rank))
+            self._lifeline.send(Pooled(self._member))
 
     def _run_event_loop(self, original: Any, *args: Any, **kwargs: Any) -> None:
         with self.errors():
@@ -82,8 +83,8 @@ class _WatchedProcesses(list[BaseProcess]):
 
     def append(self, process: BaseProcess) -> None:
         super().append(process)
-        dp_rank = _launching.dp_rank
-        watch_process(process, lambda pid, code: self._lifeline.send(Exited(dp_rank, pid, code)))
+        member = next(_launching.members)
+        watch_process(process, lambda pid, code: self._lifeline.send(Exited(member, pid, code)))
 
 
 _launching = threading.local()  # the controller launches every rank in a thread of its own
@@ -92,24 +93,17 @@ _launching = threading.local()  # the controller launches every rank in a thread
 class ControllerReports:
     """In the DP controller process, the parent of all ranks."""
 
-    def __init__(self, group: str, *, keeps_states: bool) -> None:
+    def __init__(self, group: str) -> None:
         self._lifeline = join(group)
-        self._keeps_states = keeps_states
         sockets.place(group, Path(os.environ[DIRECTORY]))
 
     def hooks(self) -> list[Hook]:
         controller = "sglang.srt.managers.data_parallel_controller.DataParallelController"
         return [
             sockets.HOOK,
-            Hook(f"{controller}.__init__", self._receive_states, HookType.BEFORE),
             Hook(f"{controller}.launch_dp_schedulers", self._launch_all, HookType.AROUND),
             Hook(f"{controller}.launch_tensor_parallel_group", self._launch, HookType.AROUND),
         ]
-
-    def _receive_states(self, controller: Any, *_: Any, **__: Any) -> None:
-        """Before the ranks are launched: they connect as soon as they run."""
-        if self._keeps_states:
-            controller.sidp_states = StateReceiver(Path(os.environ[DIRECTORY]))
 
     def _launch_all(self, original: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
         controller.scheduler_procs = _WatchedProcesses(self._lifeline)
@@ -119,5 +113,6 @@ class ControllerReports:
         self, original: Any, controller: Any, server_args: Any, port_args: Any, base_gpu_id: int,
         dp_rank: int, *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
-        _launching.dp_rank = dp_rank
+        tp_size = get_parallel().tp_size
+        _launching.members = (Member(dp_rank, n, tp_size) for n in range(tp_size))
         original(controller, server_args, port_args, base_gpu_id, dp_rank, *args, **kwargs)

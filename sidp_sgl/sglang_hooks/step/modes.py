@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from sidp_sgl.scheduler.control_plane import ControlPlane
+from sidp_sgl.scheduler.messages import RankState
 from sidp_sgl.scheduler.modes.policy import CAS, WAS
-from sidp_sgl.scheduler.rank_control import RankControl
-from sidp_sgl.scheduler.state import RankState
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.step.calibration import calibrate
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
@@ -35,19 +35,17 @@ class ModeHooks:
 
     def __init__(
         self,
-        control: RankControl,
+        control: ControlPlane,
         pool: WeightPool,
         execution: UnitExecution,
         received: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.state = RankState(pool.rank, 0, 0, 0, 0, 0, 0, 0, 0.0, WAS)
         self._received = received
         self._control = control
         self._modes = control.modes
         self._pool = pool
         self._execution = execution
         self._last: _Begun | None = None
-        self._step_seconds = 0.0
 
     def hooks(self) -> list[Hook]:
         return [
@@ -94,30 +92,25 @@ class ModeHooks:
         if last is None or not is_next:
             return
         seconds = now - last.at
-        weight = 0.1 if self._step_seconds else 1.0
-        self._step_seconds += weight * (seconds - self._step_seconds)
         stall = self._stall_seconds() - last.stall
         self._modes.observe(last.mode, last.batch_size, seconds, stall)
 
     def _publish(self, result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
         running = len(scheduler.running_batch.reqs)
         stats = scheduler.pool_stats_observer.get_pool_stats()
-        self.state = RankState(
-            rank=self.state.rank,
-            number=self.state.number + 1,
+        state = RankState(
+            rank=self._pool.rank,
             running_batch_size=running + _being_prefilled(scheduler),
             waiting_requests=len(scheduler.waiting_queue),
             received=self._received(),
             max_running_requests=int(scheduler.max_running_requests),
             kv_capacity_tokens=int(scheduler.max_total_num_tokens),
             kv_headroom_tokens=int(stats.full_available_size + stats.full_evictable_size),
-            step_seconds=self._step_seconds,
-            mode=self._modes.policy.mode,
         )
         self._control.own_batch_size = running
         if not running:
-            self._modes.control.release()
-        self._modes.control.publish(self.state, time.monotonic())
+            self._modes.leases.release()
+        self._control.publish(state)
         return result
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.bus import Inbox, Outbox
-from sidp_sgl.scheduler.messages import CasRelease, CasRequest, Message, encode
+from sidp_sgl.scheduler.messages import LeaseRelease, LeaseRequest, Message, encode
 from tests.support.control import socket_directory
 
 AMPLE_SECONDS = 10.0
@@ -27,7 +27,7 @@ def open_inbox(directory: Path) -> Iterator[Callable[[int], Inbox]]:
     opened: list[Inbox] = []
 
     def open_one(rank: int) -> Inbox:
-        opened.append(Inbox(bus.control_address(directory, rank)))
+        opened.append(Inbox(bus.requests_address(directory, rank)))
         return opened[-1]
 
     yield open_one
@@ -38,13 +38,13 @@ def open_inbox(directory: Path) -> Iterator[Callable[[int], Inbox]]:
 @pytest.fixture
 def outbox(directory: Path) -> Iterator[Outbox]:
     """Connected with ranks 0 and 1, whether they are there or not."""
-    result = Outbox({rank: bus.control_address(directory, rank) for rank in range(2)})
+    result = Outbox({rank: bus.requests_address(directory, rank) for rank in range(2)})
     yield result
     result.close()
 
 
-def release(step: int) -> CasRelease:
-    return CasRelease(3, step)
+def release(step: int) -> LeaseRelease:
+    return LeaseRelease(3, step)
 
 
 def receive_all(inbox: Inbox, count: int) -> list[Message]:
@@ -71,7 +71,7 @@ def test_messages_come_in_the_order_in_which_they_were_sent(
 ) -> None:
     inbox = open_inbox(0)
     sent: list[Message] = [release(step) for step in range(300)]
-    sent[100] = CasRequest(3, 100, 8)
+    sent[100] = LeaseRequest(3, 100, 8)
     for message in sent:
         outbox.send(0, message)
     assert receive_all(inbox, len(sent)) == sent
@@ -132,7 +132,7 @@ def test_malformed_bytes_are_counted_and_passed_over(
 ) -> None:
     inbox = open_inbox(0)
     good = encode(release(1))
-    bad = [b"", b"\x00\xff", b"{}", good[:-1], good.replace(b"1", b"true"), b"[" * 10_000]
+    bad = [b"", b"\x00\xff", b"{}", good[:-1], good.replace(b"step", b"stop"), b"\x91" * 10_000]
     for data in [*bad, good, bad[0], good]:
         outbox.send_bytes(0, data)
     received: list[Message] = []
@@ -158,9 +158,10 @@ def test_sockets_are_for_their_user_alone(
     directory: Path, open_inbox: Callable[[int], Inbox]
 ) -> None:
     open_inbox(0)
-    inboxes = [Inbox(bus.answer_address(directory, 0)), Inbox(bus.controller_address(directory))]
+    addresses = bus.answers_address(directory, 0), bus.dispatch_address(directory, 0)
+    inboxes = [Inbox(address) for address in (*addresses, bus.states_address(directory))]
     files = list(directory.iterdir())
-    assert len(files) == 3, "every address is another one"
+    assert len(files) == 4, "every address is another one"
     for path in files:
         assert stat.S_ISSOCK(path.stat().st_mode)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -6,10 +6,16 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidp_sgl.scheduler.dispatch.policy import BACKLOG, IMBALANCE, Dispatcher, Taker, choose_rank
+from sidp_sgl.scheduler.dispatch.policy import (
+    BACKLOG,
+    IMBALANCE,
+    Candidate,
+    Dispatcher,
+    choose_rank,
+)
 from sidp_sgl.scheduler.dispatch.prompts import prompt_key
 from sidp_sgl.scheduler.dispatch.window import Queued
-from sidp_sgl.scheduler.state import RankState
+from sidp_sgl.scheduler.messages import RankState
 
 KV = 200
 MAX_RUNNING = 8
@@ -23,7 +29,6 @@ class SimulatedRank:
     waiting: list[Queued] = field(default_factory=list)
     running: list[list] = field(default_factory=list)  # request, tokens left
     received: int = 0
-    number: int = 0
 
     def receive(self, queued: Queued) -> None:
         self.received += 1
@@ -52,10 +57,9 @@ class SimulatedRank:
         return given
 
     def state(self) -> RankState:
-        self.number += 1
         return RankState(
-            self.rank, self.number, len(self.running), len(self.waiting), self.received,
-            MAX_RUNNING, KV, KV - self.used(), 0.01, "was",
+            self.rank, len(self.running), len(self.waiting), self.received,
+            MAX_RUNNING, KV, KV - self.used(),
         )  # fmt: skip
 
 
@@ -102,21 +106,21 @@ def test_every_request_is_served_once_and_no_rank_idles(
     assert dispatcher.sent == len(drawn)
 
 
-takers = st.lists(
-    st.builds(Taker, st.integers(0, 7), st.integers(0, 50), st.integers(0, 500), st.integers()),
+candidates = st.lists(
+    st.builds(Candidate, st.integers(0, 7), st.integers(0, 50), st.integers(0, 500), st.integers()),
     min_size=1,
-    unique_by=lambda taker: taker.rank,
+    unique_by=lambda candidate: candidate.rank,
 )
 
 
-@given(takers)
-def test_the_longest_prefix_wins_within_the_bound(found: list[Taker]) -> None:
-    least = min(taker.load for taker in found)
+@given(candidates)
+def test_the_longest_prefix_wins_within_the_bound(found: list[Candidate]) -> None:
+    least = min(candidate.load for candidate in found)
     chosen = next(t for t in found if t.rank == choose_rank(found, least))
     bound = least + max(IMBALANCE, least // 4)
     assert chosen.load <= bound
-    near = [taker for taker in found if taker.load <= bound]
-    assert chosen.shared_tokens // 16 == max(taker.shared_tokens // 16 for taker in near)
+    near = [candidate for candidate in found if candidate.load <= bound]
+    assert chosen.shared_tokens // 16 == max(candidate.shared_tokens // 16 for candidate in near)
 
 
 def test_without_a_state_a_rank_gets_a_backlog_only() -> None:

@@ -50,7 +50,7 @@ def test_every_request_is_picked_once(
     prompts: list[tuple[list[int], int]], data: st.DataObject
 ) -> None:
     window, added, picked = Window(), [], []
-    places: list[bytes | None] = [None] * 3
+    cursors: list[bytes | None] = [None] * 3
     waiting = [request(n, prompt, output) for n, (prompt, output) in enumerate(prompts)]
     while waiting or len(window):
         if waiting and (not len(window) or data.draw(st.booleans())):
@@ -58,12 +58,12 @@ def test_every_request_is_picked_once(
             window.add(added[-1])
             continue
         rank = data.draw(st.integers(0, 2))
-        others = [p for n, p in enumerate(places) if n != rank and p is not None]
+        others = [p for n, p in enumerate(cursors) if n != rank and p is not None]
         longest = max(each.output_tokens.bit_length() for each in window)
-        chosen = window.pick(places[rank], others)
+        chosen = window.pick(cursors[rank], others)
         assert chosen.output_tokens.bit_length() == longest, "long outputs first"
         picked.append(chosen)
-        places[rank] = chosen.prompt
+        cursors[rank] = chosen.prompt
     assert sorted(each.number for each in picked) == sorted(each.number for each in added)
 
 
@@ -75,13 +75,13 @@ def test_shared_prefixes_stay_together() -> None:
     window = Window()
     for number, prompt in enumerate(prompts):
         window.add(request(number, prompt))
-    places: list[bytes | None] = [None] * 4
-    seen: list[set[int]] = [set() for _ in places]
+    cursors: list[bytes | None] = [None] * 4
+    seen: list[set[int]] = [set() for _ in cursors]
     while len(window):
         rank = random_.randrange(4)
-        others = [p for n, p in enumerate(places) if n != rank and p is not None]
-        chosen = window.pick(places[rank], others)
-        places[rank] = chosen.prompt
+        others = [p for n, p in enumerate(cursors) if n != rank and p is not None]
+        chosen = window.pick(cursors[rank], others)
+        cursors[rank] = chosen.prompt
         seen[rank].add(chosen.number % 8)
     assert sum(map(len, seen)) <= 8 + 2 * 4, "each rank splits a header or two at its ends"
     assert all(len(each) >= 2 for each in seen)

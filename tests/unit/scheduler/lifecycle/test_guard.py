@@ -19,10 +19,12 @@ from sidp_sgl.errors import SidpError
 from sidp_sgl.scheduler.lifecycle.guard import Guard
 from sidp_sgl.scheduler.lifecycle.janitor import MARK, find_processes
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
+from sidp_sgl.scheduler.member import members
 
 REPORT = """
 import sys
 from sidp_sgl.scheduler.lifecycle.liveness import Exited, Failed, Lifeline, Pooled
+from sidp_sgl.scheduler.member import Member
 Lifeline(sys.argv[1]).send({})
 """
 
@@ -93,14 +95,14 @@ def test_closing_is_no_failure(engine: Engine) -> None:
 
 
 def test_a_reason_is_better_than_an_exit(engine: Engine) -> None:
-    engine.report("Failed(1, 'no FFN')")
+    engine.report("Failed(Member(1), 'no FFN')")
     wait_until(lambda: bool(engine.announced))
     assert engine.announced == ["DP rank 1 failed while the engine was starting: no FFN"]
 
 
 def test_the_exit_of_a_rank_is_reported_by_its_parent(engine: Engine) -> None:
     engine.guard.is_ready = True
-    engine.report("Exited(1, 4711, -6)")
+    engine.report("Exited(Member(1), 4711, -6)")
     wait_until(lambda: bool(engine.announced))
     assert engine.announced == [
         "DP rank 1 (pid 4711) was killed by SIGABRT while the engine was running; the engine has "
@@ -110,23 +112,32 @@ def test_the_exit_of_a_rank_is_reported_by_its_parent(engine: Engine) -> None:
 
 def test_ranks_may_exit_when_the_engine_drains(engine: Engine) -> None:
     engine.guard.is_draining = lambda: True
-    engine.report("Exited(0, 4711, 0)")
-    engine.report("Exited(1, 4712, 1)")
+    engine.report("Exited(Member(0), 4711, 0)")
+    engine.report("Exited(Member(1), 4712, 1)")
     wait_until(lambda: bool(engine.announced))
     assert engine.announced[0].startswith("DP rank 1")
 
 
 def test_every_rank_must_have_a_pool(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidp_sgl.scheduler.lifecycle.guard._POOLED_SECONDS", 0.2)
-    engine.report("Pooled(0)")
+    engine.report("Pooled(Member(0))")
     with pytest.raises(RankFailure, match="DP rank 1 started without SiDP's hooks"):
-        engine.guard.ready(2)
+        engine.guard.ready(members(2, 1))
+
+
+def test_every_member_of_a_rank_must_have_a_pool(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidp_sgl.scheduler.lifecycle.guard._POOLED_SECONDS", 0.2)
+    engine.report("Pooled(Member(0, 0, 2))")
+    with pytest.raises(RankFailure, match="DP rank 0, TP rank 1 started without SiDP's hooks"):
+        engine.guard.ready(members(1, 2))
 
 
 def test_ready_once_every_rank_has_its_pool(engine: Engine) -> None:
-    engine.report("Pooled(0)")
-    engine.report("Pooled(1)")
-    engine.guard.ready(2)
+    engine.report("Pooled(Member(0))")
+    engine.report("Pooled(Member(1))")
+    engine.guard.ready(members(2, 1))
     assert engine.guard.is_ready and engine.guard.failure is None
 
 

@@ -26,12 +26,14 @@ from sidp_sgl.scheduler.lifecycle.liveness import (
     one_line,
     watch_process,
 )
+from sidp_sgl.scheduler.member import Member
 
 # Another process of the engine; `{}` is what it does once it is connected.
 PROCESS = """
 import os, sys, time
 from sidp_sgl.errors import SidpError
 from sidp_sgl.scheduler.lifecycle.liveness import Exited, Lifeline, Pooled, give_up
+from sidp_sgl.scheduler.member import Member
 lifeline = Lifeline(sys.argv[1])
 print("connected", flush=True)
 {}
@@ -79,7 +81,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [Pooled(3), Failed(0, "no memory"), Failed(None, "x"), Exited(1, 4711, -9)]
+    "message",
+    [
+        Pooled(Member(3)),
+        Failed(Member(0, 1, 2), "no memory"),
+        Failed(None, "x"),
+        Exited(Member(1), 4711, -9),
+    ],
 )
 def test_messages_survive_the_wire(message: Message) -> None:
     line = encode(message)
@@ -89,8 +97,10 @@ def test_messages_survive_the_wire(message: Message) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"nonsense", b"[]", b"{}", b'{"kind": "pooled"}', b'{"kind": "new", "dp_rank": 1}',
-     b'{"kind": "pooled", "dp_rank": 1, "more": 2}'],
+    [b"", b"nonsense", b"[]", b"{}", b'{"kind": "Pooled"}', b'{"kind": "New", "member": [1, 0, 1]}',
+     b'{"kind": "Pooled", "member": [1, 0, 1], "more": 2}', b'{"kind": "Pooled", "member": 1}',
+     b'{"kind": "Pooled", "member": [-1, 0, 1]}', b'{"kind": "Pooled", "member": [1, 0, true]}',
+     b'{"kind": "Failed", "member": null, "reason": "\xff"}'],
 )  # fmt: skip
 def test_malformed_lines_are_dropped(line: bytes) -> None:
     assert decode(line) is None
@@ -100,22 +110,24 @@ def test_everything_a_process_said_before_it_was_killed_arrives(
     group: str, received: tuple[LifelineServer, list[Message]]
 ) -> None:
     server, messages = received
-    sends = "for rank in range(100): lifeline.send(Pooled(rank))\nos.kill(os.getpid(), 9)"
+    sends = "for rank in range(100): lifeline.send(Pooled(Member(rank)))\nos.kill(os.getpid(), 9)"
     process = python(PROCESS.format(sends), group)
     process.wait(10)
     server.wait_for_last_message(process.pid, 10.0)
-    assert messages == [Pooled(rank) for rank in range(100)]
+    assert messages == [Pooled(Member(rank)) for rank in range(100)]
 
 
 def test_giving_up_is_quiet_and_names_the_reason(
     group: str, received: tuple[LifelineServer, list[Message]]
 ) -> None:
     _, messages = received
-    process = python(PROCESS.format("give_up(sys.argv[1], 1, SidpError('no\\nFFN'))"), group)
+    process = python(
+        PROCESS.format("give_up(sys.argv[1], Member(1), SidpError('no\\nFFN'))"), group
+    )
     output, _ = process.communicate(timeout=10)
     assert (process.returncode, output) == (1, "")
     wait_until(lambda: bool(messages))
-    assert messages == [Failed(1, "no FFN")]
+    assert messages == [Failed(Member(1), "no FFN")]
 
 
 def test_processes_end_when_the_main_process_closes(group: str) -> None:

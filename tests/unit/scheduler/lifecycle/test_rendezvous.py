@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, RendezvousError, compare, exchange
+from sidp_sgl.scheduler.member import Member, members
 
 
 def open_descriptors() -> int:
@@ -39,10 +40,9 @@ def meet(
     def run(rank: int) -> None:
         own = [memory_of(rank), memory_of(rank)]
         content = {"blocks": "x" * 300_000, "rank": rank}  # more than a socket's buffer
+        offer = Offer(Member(rank), fingerprint(rank), content, own)
         try:
-            results[rank] = exchange(
-                group, Offer(rank, fingerprint(rank), content, own), num_ranks, timeout
-            )
+            results[rank] = exchange(group, offer, num_ranks, timeout)
         except RendezvousError as error:
             results[rank] = error
         finally:
@@ -64,7 +64,7 @@ def test_every_rank_gets_every_offer_with_its_descriptors(num_ranks: int) -> Non
     for rank in range(num_ranks):
         assert set(results[rank]) == set(range(num_ranks)) - {rank}
         for other, offer in results[rank].items():
-            assert offer.rank == offer.content["rank"] == other
+            assert offer.member.dp_rank == offer.content["rank"] == other
             assert len(offer.content["blocks"]) == 300_000
             for fd in offer.file_descriptors:
                 assert os.pread(fd, 100, 0) == b"memory of rank %d" % other
@@ -78,7 +78,7 @@ def test_a_difference_names_its_key_and_both_ranks_on_every_rank() -> None:
     for rank, error in results.items():
         assert isinstance(error, RendezvousError)
         other = 2 if rank != 2 else 0
-        assert f"DP ranks {rank} and {other} differ in model" in str(error)
+        assert f"DP rank {rank} and DP rank {other} differ in model" in str(error)
         assert "'mTrue'" in str(error)
         assert "'mFalse'" in str(error)
         assert "\n" not in str(error)
@@ -86,8 +86,10 @@ def test_a_difference_names_its_key_and_both_ranks_on_every_rank() -> None:
 
 
 def test_a_key_that_one_rank_lacks_is_a_difference() -> None:
-    with pytest.raises(RendezvousError, match="ranks 0 and 3 differ in dtype: None and 'bf16'"):
-        compare(Offer(0, {}, {}, []), Offer(3, {"dtype": "bf16"}, {}, []))
+    with pytest.raises(
+        RendezvousError, match="DP rank 0 and DP rank 3 differ in dtype: None and 'bf16'"
+    ):
+        compare(Offer(Member(0), {}, {}, []), Offer(Member(3), {"dtype": "bf16"}, {}, []))
 
 
 def test_a_missing_rank_is_named_in_time() -> None:
@@ -101,14 +103,37 @@ def test_a_missing_rank_is_named_in_time() -> None:
     assert open_descriptors() == before
 
 
+def test_groups_of_one_engine_do_not_meet() -> None:
+    engine, dp_size, tp_size = uuid.uuid4().hex, 3, 2
+    results: dict[Member, dict[int, Offer]] = {}
+
+    def run(member: Member) -> None:
+        offer = Offer(member, {"tp_rank": member.tp_rank}, {"of": str(member)}, [])
+        results[member] = exchange(engine, offer, dp_size, 20.0)
+
+    threads = [threading.Thread(target=run, args=(m,)) for m in members(dp_size, tp_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+    assert set(results) == set(members(dp_size, tp_size))
+    for member, offers in results.items():
+        others = set(range(dp_size)) - {member.dp_rank}
+        assert set(offers) == others
+        for dp_rank, offer in offers.items():
+            assert offer.member == Member(dp_rank, member.tp_rank, tp_size)
+            assert offer.content["of"] == f"DP rank {dp_rank}, TP rank {member.tp_rank}"
+
+
 CHILD = """
 import os, sys
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
+from sidp_sgl.scheduler.member import Member
 
 group, rank, num_ranks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 fd = os.memfd_create("own")
 os.write(fd, b"from process %d" % rank)
-offers = exchange(group, Offer(rank, {"v": [1, 2]}, {"rank": rank}, [fd]), num_ranks, 30)
+offers = exchange(group, Offer(Member(rank), {"v": [1, 2]}, {"rank": rank}, [fd]), num_ranks, 30)
 print(*(os.pread(o.file_descriptors[0], 50, 0).decode() for o in offers.values()), sep=",")
 """
 

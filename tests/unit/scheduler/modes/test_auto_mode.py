@@ -15,7 +15,7 @@ FETCH = 0.065
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LEARNING, STEPS = 96, 224  # at each batch size
 GRANTING: Any = SimpleNamespace(  # owners that never decline
-    leases=lambda rows, patience: {1: 0}, ask=lambda rows: None, release=lambda: None
+    acquire=lambda rows, patience: {1: 0}, ask=lambda rows: None, release=lambda: None
 )
 
 

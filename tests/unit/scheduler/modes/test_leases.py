@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.scheduler.messages import CasDecline, CasGrant, CasRelease, CasRequest
+from sidp_sgl.scheduler.messages import LeaseDecline, LeaseGrant, LeaseRelease, LeaseRequest
 from sidp_sgl.scheduler.modes.leases import LeaseLedger
 
 OWNER = 9
@@ -13,9 +13,9 @@ def ask(
     ledger: LeaseLedger, rank: int, step: int, rows: int, refusal: str | None = None
 ) -> int | str:
     """The offset that is granted, or the reason why not."""
-    answer = ledger.request(OWNER, CasRequest(rank, step, rows), refusal)
+    answer = ledger.request(OWNER, LeaseRequest(rank, step, rows), refusal)
     assert (answer.owner, answer.rank, answer.step) == (OWNER, rank, step)
-    if isinstance(answer, CasGrant):
+    if isinstance(answer, LeaseGrant):
         assert answer.rows == rows
         return answer.offset
     return answer.reason
@@ -28,18 +28,16 @@ def assert_sound(ledger: LeaseLedger) -> None:
     assert all(before <= first for before, (first, _) in zip(ends, spans, strict=False))
     assert ends[-1] <= ledger.capacity_rows
     assert all(first < end for first, end in spans)
-    assert ledger.leased_rows == sum(end - first for first, end in spans)
 
 
 def test_the_first_gap_that_fits_is_leased() -> None:
     ledger = LeaseLedger(10)
     assert [ask(ledger, rank, 1, 3) for rank in range(3)] == [0, 3, 6]
     assert ask(ledger, 3, 1, 2) == "staging full"
-    ledger.release(CasRelease(1, 1))
+    ledger.release(LeaseRelease(1, 1))
     assert ask(ledger, 3, 2, 2) == 3
     assert ask(ledger, 1, 2, 2) == "staging full", "two free rows, but not beside each other"
     assert ask(ledger, 1, 3, 1) == 5
-    assert ledger.leased_rows == 9
     assert ledger.leases() == {0: (1, 0, 3), 2: (1, 6, 3), 3: (2, 3, 2), 1: (3, 5, 1)}
 
 
@@ -47,17 +45,17 @@ def test_a_duplicate_request_gets_the_same_grant() -> None:
     ledger = LeaseLedger(10)
     assert ask(ledger, 0, 1, 4) == 0
     assert ask(ledger, 1, 1, 4) == 4
-    ledger.release(CasRelease(0, 1))
+    ledger.release(LeaseRelease(0, 1))
     assert ask(ledger, 1, 1, 4) == 4
     assert ask(ledger, 1, 1, 4, refusal="busy") == 4, "it was granted already"
-    assert ledger.leased_rows == 4
+    assert ledger.leases() == {1: (1, 4, 4)}
 
 
 def test_a_duplicate_of_a_declined_request_is_declined() -> None:
     ledger = LeaseLedger(10)
     assert ask(ledger, 0, 1, 4, refusal="busy") == "busy"
     assert ask(ledger, 0, 1, 4) == "busy"
-    assert ledger.leased_rows == 0
+    assert ledger.leases() == {}
 
 
 def test_a_step_asks_once() -> None:
@@ -82,23 +80,23 @@ def test_an_older_step_is_stale() -> None:
     ledger = LeaseLedger(10)
     assert ask(ledger, 0, 5, 4) == 0
     assert ask(ledger, 0, 4, 4) == "stale"
-    ledger.release(CasRelease(0, 4))
+    ledger.release(LeaseRelease(0, 4))
     assert ledger.leases() == {0: (5, 0, 4)}, "an old release frees nothing newer"
 
 
 def test_a_request_that_comes_after_its_release_is_stale() -> None:
     ledger = LeaseLedger(10)
-    ledger.release(CasRelease(0, 5))
+    ledger.release(LeaseRelease(0, 5))
     assert ask(ledger, 0, 5, 4) == "stale"
     assert ask(ledger, 0, 4, 4) == "stale"
-    assert ledger.leased_rows == 0
+    assert ledger.leases() == {}
     assert ask(ledger, 0, 6, 4) == 0
 
 
 def test_a_released_step_is_over_for_its_duplicates_too() -> None:
     ledger = LeaseLedger(10)
     assert ask(ledger, 0, 5, 4) == 0
-    ledger.release(CasRelease(0, 5))
+    ledger.release(LeaseRelease(0, 5))
     assert ask(ledger, 0, 5, 4) == "stale"
 
 
@@ -106,7 +104,7 @@ def test_a_release_ends_an_older_steps_lease() -> None:
     """The request of the newer step was lost: the lease would stay until the rank asks again."""
     ledger = LeaseLedger(10)
     assert ask(ledger, 0, 5, 4) == 0
-    ledger.release(CasRelease(0, 6))
+    ledger.release(LeaseRelease(0, 6))
     assert ledger.leases() == {}
 
 
@@ -127,13 +125,13 @@ def test_leases_are_sound_and_end_only_by_their_own_rank(
     capacity: int, events: list[tuple[bool, int, int, int, str | None]]
 ) -> None:
     ledger = LeaseLedger(capacity)
-    outcomes: dict[CasRequest, CasGrant | CasDecline] = {}
+    outcomes: dict[LeaseRequest, LeaseGrant | LeaseDecline] = {}
     for is_request, rank, step, rows, refusal in events:
         before = ledger.leases()
         if is_request:
-            message = CasRequest(rank, step, rows)
+            message = LeaseRequest(rank, step, rows)
             answer = ledger.request(OWNER, message, refusal)
-            granted = (step, answer.offset, rows) if isinstance(answer, CasGrant) else None
+            granted = (step, answer.offset, rows) if isinstance(answer, LeaseGrant) else None
             if granted:
                 assert ledger.leases()[rank] == granted
                 assert outcomes.setdefault(message, answer) == answer, "one step, one grant"
@@ -141,7 +139,7 @@ def test_leases_are_sound_and_end_only_by_their_own_rank(
                 outcomes[message] = answer
                 assert ledger.leases().get(rank, (step + 1,))[0] >= step, "no older one is left"
         else:
-            ledger.release(CasRelease(rank, step))
+            ledger.release(LeaseRelease(rank, step))
             assert ledger.leases().get(rank, (step + 1,))[0] > step
         assert_sound(ledger)
         after = ledger.leases()

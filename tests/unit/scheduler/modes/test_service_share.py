@@ -88,9 +88,9 @@ def test_one_thread_may_ask_while_another_adds() -> None:
 
 
 def test_an_idle_owner_always_serves() -> None:
-    assert decline_reason(1.0, own_batch_size=0, limit=0.5) is None
+    assert decline_reason(1.0, own_batch_size=0) is None
 
 
 def test_a_working_owner_serves_up_to_its_limit() -> None:
-    assert decline_reason(0.49, own_batch_size=1, limit=0.5) is None
-    assert decline_reason(0.5, own_batch_size=1, limit=0.5) == "busy"
+    assert decline_reason(0.49, own_batch_size=1) is None
+    assert decline_reason(0.5, own_batch_size=1) == "busy"

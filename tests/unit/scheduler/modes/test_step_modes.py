@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sidp_sgl.scheduler import control
-from sidp_sgl.scheduler.disturbances import ForcedSwitches
-from sidp_sgl.scheduler.modes import step_modes
+from sidp_sgl.scheduler.modes import lease_server, step_modes
 from sidp_sgl.scheduler.modes.policy import CAS, DWELL_STEPS, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.step_modes import StepModes
 from sidp_sgl.scheduler.modes.times import StepTimes
@@ -20,7 +18,7 @@ OFFSETS = {1: 0}
 @pytest.fixture(autouse=True)
 def answers_always_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_modes, "_PATIENCE_SECONDS", (AMPLE_SECONDS, AMPLE_SECONDS))
-    monkeypatch.setattr(control, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(lease_server, "_POLL_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def ranks(directory: Path) -> Iterator[list[Rank]]:
 
 
 def step_modes_of(rank: Rank, mode: str, threshold: int | None = None) -> StepModes:
-    return StepModes(ModePolicy(mode), rank.control, MAX_ROWS, threshold)
+    return StepModes(ModePolicy(mode), rank.client, MAX_ROWS, threshold)
 
 
 def decode(modes: StepModes, batch_size: int, *, can_call: bool = True) -> str:
@@ -63,7 +61,7 @@ def test_cas_is_used_as_long_as_owners_grant(ranks: list[Rank]) -> None:
     for batch_size in (1, 7, 30, MAX_ROWS, 2):
         assert decode(modes, batch_size) == CAS
     assert modes.steps == {WAS: 0, CAS: 5}
-    assert ranks[0].control.negotiation.declined == 0
+    assert ranks[0].client.negotiation.declined == 0
 
 
 def test_more_rows_than_may_be_asked_for_stream_weights(ranks: list[Rank]) -> None:
@@ -90,12 +88,12 @@ def test_after_a_decline_the_step_streams_weights_and_the_next_one_asks_again(
     ranks[1].refusal = "busy"
     assert decode(modes, 4) == WAS
     assert decode(modes, 4) == WAS
-    assert ranks[1].thread.declines["busy"] >= 2
-    wait_until(lambda: ranks[1].thread.declines["busy"] == 3)  # the one that was asked ahead
+    assert ranks[1].server.declines["busy"] >= 2
+    wait_until(lambda: ranks[1].server.declines["busy"] == 3)  # the one that was asked ahead
     ranks[1].refusal = None
     assert decode(modes, 4) == WAS, "the answer is here already"
     assert decode(modes, 4) == CAS
-    assert ranks[0].control.negotiation.requests == len(ranks[0].requests) == 5
+    assert ranks[0].client.negotiation.requests == len(ranks[0].requests) == 5
 
 
 def test_what_was_asked_ahead_is_used_by_the_next_step(ranks: list[Rank]) -> None:
@@ -158,12 +156,12 @@ def test_the_threshold_follows_the_times(ranks: list[Rank]) -> None:
 
 
 class StubbornOwners:
-    """Stands for the control plane: never grants; remembers for how long it was waited for."""
+    """Stands for the lease client: never grants; remembers for how long it was waited for."""
 
     def __init__(self) -> None:
         self.patience = 0.0
 
-    def leases(self, rows: int, seconds: float) -> Mapping[int, int] | None:
+    def acquire(self, rows: int, seconds: float) -> Mapping[int, int] | None:
         self.patience = seconds
         return None
 
@@ -190,12 +188,6 @@ def test_answers_are_waited_for_a_part_of_a_was_step(
     modes.times = times
     assert decode(modes, 4) == WAS
     assert owners.patience == pytest.approx(patience)
-
-
-def test_forced_switches_stand_for_a_policy(ranks: list[Rank]) -> None:
-    modes = StepModes(ForcedSwitches(3), ranks[0].control, MAX_ROWS)
-    assert [decode(modes, 4) for _ in range(9)] == [CAS] * 3 + [WAS] * 3 + [CAS] * 3
-    assert modes.policy.switches == 2
 
 
 def test_nothing_is_asked_for_while_an_answer_is_still_to_come(ranks: list[Rank]) -> None:

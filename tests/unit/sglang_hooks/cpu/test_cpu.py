@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.scheduler.cores import plan_cores
 from sidp_sgl.sglang_hooks.cpu import cores as cpu_cores
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.cpu import platform as cpu_platform
+from sidp_sgl.sglang_hooks.cpu.cores import plan_cores
 
 CORES = st.sets(st.integers(0, 500), min_size=1, max_size=64).map(sorted)
 

@@ -12,7 +12,7 @@ from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sidp_sgl.scheduler import bus
-from sidp_sgl.scheduler.state import RankState
+from sidp_sgl.scheduler.messages import RankState
 from sidp_sgl.sglang_hooks.dispatch import controller as hooks
 from sidp_sgl.sglang_hooks.dispatch.controller import ControllerDispatch
 from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
@@ -67,7 +67,7 @@ def dispatch(tmp_path: Path) -> ControllerDispatch:
 
 
 def state(rank: int, headroom: int, received: int = 0) -> RankState:
-    return RankState(rank, 1, 0, 0, received, 8, 1000, headroom, 0.01, "was")
+    return RankState(rank, 0, 0, received, 8, 1000, headroom)
 
 
 def assigned(dispatch: ControllerDispatch, controller: Controller) -> list[tuple[Any, str]]:
@@ -134,6 +134,13 @@ def straw_scheduler(names: list[str]) -> Any:
     )
 
 
+def waiting_requests(directory: Path) -> tuple[WaitingRequests, list[int]]:
+    """Of rank 1; the controller's recalls go into the list."""
+    recalls: list[int] = []
+    link = SimpleNamespace(recalled=lambda: recalls.pop() if recalls else 0)
+    return WaitingRequests(1, link, directory), recalls  # type: ignore[arg-type]
+
+
 def send(dispatch: ControllerDispatch, controller: Controller, each: Any) -> None:
     """To rank 1."""
     queued = dispatch._queued(each)
@@ -144,8 +151,7 @@ def send(dispatch: ControllerDispatch, controller: Controller, each: Any) -> Non
 def test_a_rank_gives_back_the_latest_that_have_not_begun(
     dispatch: ControllerDispatch, controller: Controller, tmp_path: Path
 ) -> None:
-    control = SimpleNamespace(recalled=0)
-    rank = WaitingRequests(1, control, tmp_path)  # type: ignore[arg-type]
+    rank, recalls = waiting_requests(tmp_path)
     names = ["first", "second", "wanted here", "third", "begun"]
     sent = [request(name, rank=1 if name == "wanted here" else None) for name in names]
     for each in sent:
@@ -154,11 +160,11 @@ def test_a_rank_gives_back_the_latest_that_have_not_begun(
     rank._after_ingest(sent, scheduler)
     assert rank.received == 5
     dispatch._on_message(controller, AbortReq(rid="second"))  # it reaches no one that has it
-    control.recalled = 2
+    recalls.append(2)
     rank._after_ingest([], scheduler)
     assert [each.rid for each in scheduler.waiting_queue] == ["first", "wanted here", "begun"]
     assert [each.rid for each in scheduler.released] == ["third", "second"]
-    assert rank.received == 3 and control.recalled == 0
+    assert rank.received == 3 and not recalls
 
     assert dispatch._returns.poll(2000, zmq.POLLIN)
     controller.log.clear()
@@ -175,12 +181,11 @@ def test_an_abort_means_nobody_who_comes_later(
     """SGLang takes the id of an abort as a prefix: what has come since begins alike."""
     dispatch._on_message(controller, AbortReq(rid="soak-9"))
     dispatch._on_message(controller, AbortReq(rid="", abort_all=True))
-    control = SimpleNamespace(recalled=0)
-    rank = WaitingRequests(1, control, tmp_path)  # type: ignore[arg-type]
+    rank, recalls = waiting_requests(tmp_path)
     late = request("soak-90")
     send(dispatch, controller, late)
     rank._after_ingest([late], straw_scheduler([]))
-    control.recalled = 1
+    recalls.append(1)
     rank._after_ingest([], straw_scheduler(["soak-90"]))
     assert dispatch._returns.poll(2000, zmq.POLLIN)
     controller.log.clear()
@@ -190,7 +195,7 @@ def test_an_abort_means_nobody_who_comes_later(
 
 
 def test_the_ranks_hear_what_was_dispatched(dispatch: ControllerDispatch, tmp_path: Path) -> None:
-    inbox = bus.Inbox(bus.control_address(tmp_path, 0))
+    inbox = bus.Inbox(bus.dispatch_address(tmp_path, 0))
     dispatch.dispatcher.window.add(dispatch._queued(request("waits")))
     assert dispatch._publish()
     update = inbox.receive(2.0)

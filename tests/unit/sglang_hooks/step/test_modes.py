@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from sidp_sgl.scheduler.messages import RankState
 from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.step_modes import StepModes
 from sidp_sgl.scheduler.modes.times import StepTimes
-from sidp_sgl.scheduler.state import RankState
 from sidp_sgl.sglang_hooks.step import modes as modes_module
 from sidp_sgl.sglang_hooks.step.modes import ModeHooks
 
@@ -39,7 +39,9 @@ class Rank:
         pool = SimpleNamespace(rank=1, prefetcher=SimpleNamespace(counters=self.counters))
         self.modes = StepModes(ModePolicy("cas"), self, 64)  # type: ignore[arg-type]
         self.times = self.modes.times = Times()
-        self.control = SimpleNamespace(modes=self.modes, own_batch_size=0)
+        self.control = SimpleNamespace(
+            modes=self.modes, own_batch_size=0, publish=lambda s: self.events.append(("publish", s))
+        )
         self.remote = SimpleNamespace(
             is_available=lambda: self.is_available,
             begin_step=lambda leases, rows: self.events.append(("begin", leases, rows)),
@@ -60,12 +62,12 @@ class Rank:
                 )
             ),
         )
-        clock = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now)
+        clock = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(modes_module, "time", clock)
 
-    # As the modes see the control plane.
+    # As the modes see the lease client.
 
-    def leases(self, rows: int, seconds: float) -> Mapping[int, int] | None:
+    def acquire(self, rows: int, seconds: float) -> Mapping[int, int] | None:
         self.events.append(("leases", rows))
         return LEASES if self.grants else None
 
@@ -74,9 +76,6 @@ class Rank:
 
     def release(self) -> None:
         self.events.append("release")
-
-    def publish(self, state: RankState, now: float) -> None:
-        self.events.append(("publish", state, now))
 
     # As SGLang's event loop goes.
 
@@ -194,33 +193,12 @@ def test_steps_go_on_where_nothing_was_measured(rank: Rank) -> None:
     assert rank.modes.steps == {WAS: 0, CAS: 2}
 
 
-def published(rank: Rank) -> tuple[RankState, float]:
-    assert rank.hooks._publish("requests", rank.scheduler) == "requests", "SGLang's own result"
-    (_, state, now), *more = [event for event in rank.events if event[0] == "publish"]
-    assert not more
-    rank.events.clear()
-    return state, now
-
-
 def test_the_state_is_published_with_the_schedulers_figures(rank: Rank) -> None:
     rank.scheduler.running_batch.reqs = [object()] * 3
     rank.scheduler.waiting_queue = [object()] * 2
-    state, now = published(rank)
-    assert state == RankState(1, 1, 3, 2, 0, 64, 1600, 800, 0.0, "cas")
-    assert now == 100.0
+    assert rank.hooks._publish("requests", rank.scheduler) == "requests", "SGLang's own result"
+    assert rank.events == [("publish", RankState(1, 3, 2, 0, 64, 1600, 800))]
     assert rank.control.own_batch_size == 3
-    assert rank.hooks.state == state
-    assert published(rank)[0].number == 2
-
-
-def test_the_state_tells_what_a_recent_step_took(rank: Rank) -> None:
-    rank.scheduler.running_batch.reqs = [object()]
-    for seconds in (0.5, 0.5, 0.5):
-        rank.step(4, seconds=seconds)
-    assert published(rank)[0].step_seconds == pytest.approx(0.5), "from the first one on"
-    rank.step(4, seconds=1.5)
-    rank.step(4)
-    assert 0.5 < published(rank)[0].step_seconds < 0.8
 
 
 def test_leases_are_given_back_when_nothing_runs_any_more(rank: Rank) -> None:

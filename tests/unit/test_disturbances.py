@@ -1,46 +1,53 @@
-"""Faults on purpose: read from the environment, and as often as they were asked for."""
+"""Faults on purpose: SGLang finds them, and they are as frequent as they were asked for."""
 
 import time
+from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
-from sidp_sgl.errors import SidpUsageError
-from sidp_sgl.scheduler.disturbances import (
-    VARIABLE,
+from sidp_sgl.config import SidpConfig
+from sidp_sgl.scheduler.control_plane import ControlPlane
+from sidp_sgl.scheduler.modes.policy import CAS, WAS
+from tests.support import disturbances
+from tests.support.control import socket_directory
+from tests.support.disturbances import (
     Disturbances,
     DisturbedAnswers,
     ForcedSwitches,
-    from_environment,
+    disturbed,
+    install,
 )
-from sidp_sgl.scheduler.modes.policy import CAS, WAS
 
 
-def read(monkeypatch: pytest.MonkeyPatch, text: str) -> Disturbances | None:
-    monkeypatch.setenv(VARIABLE, text)
-    return from_environment()
+def plugins() -> set[str]:
+    return {plugin.value for plugin in entry_points(group="sglang.srt.plugins")}
 
 
-def test_nothing_is_disturbed_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert from_environment() is None
-    assert read(monkeypatch, "") is None
+def make_control_plane(directory: Path) -> ControlPlane:
+    return ControlPlane(SidpConfig(sidp=True), 0, 2, [0, 1], directory, 64, 64)
 
 
-def test_disturbances_are_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "switch_every=5,decline=0.2,delay=0.1,delay_ms=20,seed=1"
-    assert read(monkeypatch, text) == Disturbances(5, 0.2, 0.1, 20.0, 1)
-    assert read(monkeypatch, "decline=1") == Disturbances(decline=1.0)
+def test_sglang_finds_the_plugin_while_it_is_wanted() -> None:
+    plugin = f"{disturbances.__name__}:install"
+    with disturbed(Disturbances()):
+        assert plugin in plugins()
+    assert plugin not in plugins()
 
 
-@pytest.mark.parametrize(
-    "text", ["decline", "decline=", "decline=often", "declines=0.1", "switch_every=2.5", "a=1=2"]
-)
-def test_what_can_not_be_read_is_refused_in_one_line(
-    text: str, monkeypatch: pytest.MonkeyPatch
+def test_the_plugin_disturbs_the_control_planes_of_its_process(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(SidpUsageError, match=VARIABLE) as caught:
-        read(monkeypatch, text)
-    assert repr(text) in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setattr(ControlPlane, "__init__", ControlPlane.__init__)  # put back afterwards
+    install()
+    with socket_directory() as directory:
+        plane = make_control_plane(directory)
+        assert plane.lease_server.refusal() is None, "without its variable the plugin does nothing"
+        assert not isinstance(plane.modes.policy, ForcedSwitches)
+    with socket_directory() as directory, disturbed(Disturbances(switch_every=5, decline=1.0)):
+        plane = make_control_plane(directory)
+        assert plane.lease_server.refusal() == "disturbed"
+        assert [plane.modes.policy.decide(1, None) for _ in range(6)] == [CAS] * 5 + [WAS]
 
 
 def refusals(answers: DisturbedAnswers, count: int) -> list[str | None]:

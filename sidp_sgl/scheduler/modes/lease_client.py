@@ -1,0 +1,64 @@
+"""The scheduler's end of the leases: asks the owners, and waits a few milliseconds."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sidp_sgl.scheduler import bus
+from sidp_sgl.scheduler.messages import LeaseDecline, LeaseGrant
+from sidp_sgl.scheduler.modes.negotiation import Negotiation
+
+
+class LeaseClient:
+    """`owners`: the ranks that this one needs in a CaS step. For the scheduler's thread."""
+
+    def __init__(self, rank: int, directory: Path, owners: Sequence[int]) -> None:
+        self.negotiation = Negotiation(rank, owners)
+        self.silences = 0  # requests whose answers did not come in time
+        self.wait_seconds = 0.0
+        self.inbox = bus.Inbox(bus.answers_address(directory, rank))
+        self.outbox = bus.Outbox({n: bus.requests_address(directory, n) for n in owners})
+
+    def ask(self, rows: int) -> None:
+        """Ask all owners to lease `rows` staging rows for the next step."""
+        self._receive()
+        for owner, request in self.negotiation.begin(rows):
+            self.outbox.send(owner, request)
+
+    def acquire(self, rows: int, seconds: float) -> Mapping[int, int] | None:
+        """Owner → first row of a lease of at least `rows` rows; None after a decline, or where
+        an owner was silent for `seconds`."""
+        started = time.monotonic()
+        if self.negotiation.rows < rows:
+            self.ask(rows)
+        self._receive()
+        while not self.negotiation.is_decided:
+            left = started + seconds - time.monotonic()
+            if left <= 0:
+                self.silences += 1
+                break
+            if (message := self.inbox.receive(left)) is not None:
+                self._take(message)
+        self.wait_seconds += time.monotonic() - started
+        if self.negotiation.is_granted:
+            return self.negotiation.offsets
+        self.release()
+        return None
+
+    def release(self) -> None:
+        """Give back what is leased or asked for."""
+        for owner, release in self.negotiation.abandon():
+            self.outbox.send(owner, release)
+
+    def _receive(self) -> None:
+        for message in self.inbox.drain():
+            self._take(message)
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, LeaseGrant | LeaseDecline):
+            for owner, release in self.negotiation.on_message(message):
+                self.outbox.send(owner, release)
+
+    def close(self) -> None:
+        self.inbox.close()
+        self.outbox.close()

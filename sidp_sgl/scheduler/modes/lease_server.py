@@ -1,0 +1,55 @@
+"""The thread that leases a rank's staging rows to the others, whatever its scheduler is doing."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from sidp_sgl.scheduler import bus
+from sidp_sgl.scheduler.messages import LeaseDecline, LeaseRelease, LeaseRequest
+from sidp_sgl.scheduler.modes.leases import LeaseLedger
+
+_POLL_SECONDS = 1.0
+
+
+class LeaseServer:
+    """`refusal()` says why this rank can't serve now, or None; called by the thread."""
+
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        directory: Path,
+        ledger: LeaseLedger,
+        refusal: Callable[[], str | None],
+    ) -> None:
+        self.refusal = refusal
+        self.declines: Counter[str] = Counter()  # given, by reason
+        self._rank = rank
+        self._ledger = ledger
+        self._peers = [peer for peer in range(num_ranks) if peer != rank]
+        self.inbox = bus.Inbox(bus.requests_address(directory, rank))
+        self.outbox = bus.Outbox({n: bus.answers_address(directory, n) for n in self._peers})
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="sidp-leases", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped:
+            match message := self.inbox.receive(_POLL_SECONDS):
+                case LeaseRequest() if message.rank in self._peers:
+                    answer = self._ledger.request(self._rank, message, self.refusal())
+                    if isinstance(answer, LeaseDecline):
+                        self.declines[answer.reason] += 1
+                    self.outbox.send(message.rank, answer)
+                case LeaseRelease():
+                    self._ledger.release(message)
+        self.inbox.close()
+        self.outbox.close()
+
+    def close(self) -> None:
+        self._stopped = True
+        if self._thread.is_alive():
+            self._thread.join(2 * _POLL_SECONDS)

@@ -1,0 +1,107 @@
+"""Faults on purpose in an engine under test: forced switches of the mode, declines, late answers.
+
+Ranks are processes of their own. SGLang loads the plugins that it finds on the path in each of
+them: inside `disturbed` there is one more, which is `install` below.
+"""
+
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from sidp_sgl.planner.calibrate.environment import environment
+from sidp_sgl.scheduler.control_plane import ControlPlane
+from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
+
+_VARIABLE = "SIDP_TEST_DISTURBANCES"
+_PLUGIN = {
+    "METADATA": "Metadata-Version: 2.1\nName: sidp-disturbances\nVersion: 0\n",
+    "entry_points.txt": f"[sglang.srt.plugins]\ndisturbances = {__name__}:install\n",
+}
+
+
+@dataclass(frozen=True)
+class Disturbances:
+    """Probabilities between 0 and 1; `switch_every` in decode steps, 0 for never."""
+
+    switch_every: int = 0
+    decline: float = 0.0
+    delay: float = 0.0
+    delay_ms: float = 0.0
+    seed: int = 0
+
+
+@contextmanager
+def disturbed(disturbances: Disturbances) -> Iterator[None]:
+    """Engines that are started inside are disturbed so."""
+    with (
+        tempfile.TemporaryDirectory(prefix="disturbances-") as folder,
+        environment(**{_VARIABLE: orjson.dumps(asdict(disturbances)).decode()}),
+    ):
+        plugin = Path(folder, "sidp_disturbances-0.dist-info")
+        plugin.mkdir()
+        for name, text in _PLUGIN.items():
+            (plugin / name).write_text(text)
+        sys.path.append(folder)  # spawned processes get this process's path, not PYTHONPATH
+        try:
+            yield
+        finally:
+            sys.path.remove(folder)
+
+
+def install() -> None:
+    """SGLang's plugin: every control plane that is made in this process is disturbed."""
+    original = ControlPlane.__init__
+
+    def disturbed_init(plane: ControlPlane, *args: Any, **kwargs: Any) -> None:
+        original(plane, *args, **kwargs)
+        if text := os.environ.get(_VARIABLE):
+            disturb(plane, Disturbances(**orjson.loads(text)))
+
+    ControlPlane.__init__ = disturbed_init  # type: ignore[method-assign]
+
+
+def disturb(plane: ControlPlane, disturbances: Disturbances) -> None:
+    if disturbances.switch_every:
+        plane.modes.policy = ForcedSwitches(disturbances.switch_every)
+    answers, refusal = DisturbedAnswers(disturbances, plane.rank), plane.lease_server.refusal
+    plane.lease_server.refusal = lambda: answers.refusal() or refusal()
+
+
+class DisturbedAnswers:
+    """Declines and delays requests at random; called by the lease server's thread."""
+
+    def __init__(self, disturbances: Disturbances, rank: int) -> None:
+        self._disturbances = disturbances
+        self._random = random.Random(1000 * disturbances.seed + rank)
+
+    def refusal(self) -> str | None:
+        if self._random.random() < self._disturbances.delay:
+            time.sleep(self._disturbances.delay_ms / 1e3)
+        return "disturbed" if self._random.random() < self._disturbances.decline else None
+
+
+class ForcedSwitches(ModePolicy):
+    """Changes the mode every `steps` decode steps, whatever the batch."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__("auto")
+        self._steps = steps
+        self._count = 0
+
+    def decide(self, batch_size: int, threshold: int | None) -> str:
+        wanted = WAS if self._count // self._steps % 2 else CAS
+        if self._count and wanted != self.mode:
+            self.switches += 1
+            self.reasons["forced"] += 1
+        self.mode = wanted
+        self._count += 1
+        return self.mode
