@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.gpu.device import Gpu
-from sidp_sgl.kernels import flags, tickets
+from sidp_sgl.kernels import ticket_lock
 
 KERNEL_TARGET = 5e-6  # seconds
 _REPEATS = 200  # of a kernel within one graph
@@ -32,46 +32,32 @@ def tests(gpu: Gpu) -> dict[str, Any]:
 
 def costs(gpu: Gpu) -> dict[str, Any]:
     """Seconds per kernel in a replayed graph, nobody waiting; the floor is an empty kernel."""
-    device = gpu.device
-    words = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in ("counter", "seen")}
-    error = torch.zeros(1, dtype=torch.int64, device=device)
-    owner = torch.empty(tickets.OWNER_WORDS, dtype=torch.int64, device=device)
-    reader = torch.zeros(tickets.READER_WORDS, dtype=torch.int64, device=device)
-    tickets.reset(owner)
+    lock = torch.empty(ticket_lock.LOCK_SIZE, dtype=torch.int64, device=gpu.device)
+    reader = torch.zeros(ticket_lock.READER_SIZE, dtype=torch.int64, device=gpu.device)
+    ticket_lock.reset(lock)
+    number = torch.zeros(1, dtype=torch.int64, device=gpu.device)
 
-    def signal() -> None:
-        flags.signal(words["counter"])
+    def hold() -> None:
+        ticket_lock.acquire(lock, reader, 1.0)
+        ticket_lock.release(lock, reader)
 
-    def wait() -> None:
-        flags.wait(words["counter"], words["seen"], error, 1, 1.0)
-
-    def turn() -> None:
-        tickets.take_turn(owner, reader, 1.0)
-        tickets.end_turn(owner, reader)
-
-    def in_graph(*kernels: Callable[[], object]) -> float:
+    def in_graph(kernel: Callable[[], object]) -> float:
         def step() -> None:
             for _ in range(_REPEATS):
-                for kernel in kernels:
-                    gpu.launch(kernel)
+                gpu.launch(kernel)
 
         return gpu.seconds(gpu.capture(step)) / _REPEATS
 
-    signal_seconds = in_graph(signal)
-    pair_seconds = in_graph(signal, wait)
     result = {
-        "signal": signal_seconds,
-        "wait": pair_seconds - signal_seconds,
-        "turn, two kernels": in_graph(turn),
-        "smallest kernel": in_graph(lambda: error.add_(0)),
+        "acquire and release": in_graph(hold),
+        "smallest kernel": in_graph(lambda: number.add_(0)),
     }
     gpu.synchronize()
-    slowest = max(result["signal"], result["wait"], result["turn, two kernels"] / 2)
+    skipped = int(reader[2])
     return {
         "microseconds": {name: round(1e6 * seconds, 2) for name, seconds in result.items()},
-        "error_word": int(error),
-        "skipped_turns": int(reader[2]),
+        "went_on_without": skipped,
         "target": f"at most {1e6 * KERNEL_TARGET:.0f} us each",
-        "target_met": slowest <= KERNEL_TARGET,
-        "ok": int(error) == 0 and int(reader[2]) == 0,
+        "target_met": result["acquire and release"] / 2 <= KERNEL_TARGET,
+        "ok": skipped == 0,
     }

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from bench.gpu.device import Gpu
 from bench.gpu.models import DECODERS, LINK_BYTES_PER_SECOND, Decoder, scaled
-from sidp_sgl.kernels import copies
 from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.placement import owners
 from sidp_sgl.weightpool.pool import WeightPool
@@ -21,20 +20,17 @@ from sidp_sgl.weightpool.transport.devices import PACED_SLICE
 BATCHES = (1, 16, 64, 128, 256, 512, 768, 1024)
 LAYERS, RANKS, CONTEXT_TOKENS = 12, 4, 1024
 STALL_TARGET, HIDDEN_TARGET = 0.03, 0.02
-COPIERS = {
-    "slices": Copier(bytes_per_second=LINK_BYTES_PER_SECOND, slice_bytes=PACED_SLICE),
-    "kernel": Copier(bytes_per_second=LINK_BYTES_PER_SECOND, programs=copies.PROGRAMS),
-}
+COPIER = Copier(bytes_per_second=LINK_BYTES_PER_SECOND, slice_bytes=PACED_SLICE)
 
 
 class Reader:
     """Rank 0 of a group in one process; the other ranks only own."""
 
-    def __init__(self, gpu: Gpu, decoder: Decoder, copier: Copier) -> None:
+    def __init__(self, gpu: Gpu, decoder: Decoder) -> None:
         self.gpu, self.decoder = gpu, decoder
         layer_owners = owners(LAYERS, RANKS, "interleaved")
         self.transports = [
-            CudaTransport(gpu.driver, copier if number == 0 else None) for number in range(RANKS)
+            CudaTransport(gpu.driver, COPIER if number == 0 else None) for number in range(RANKS)
         ]
         pools = [
             WeightPool(transport, number, RANKS, layer_owners, "ticketed", DEFAULT_SLOTS)
@@ -110,9 +106,9 @@ def _times(reader: Reader, batch: int) -> tuple[float, float]:
     return gpu.seconds(resident, 8), gpu.seconds(was, 8)
 
 
-def measure(gpu: Gpu, decoder: Decoder, copier: Copier) -> dict[str, Any]:
+def measure(gpu: Gpu, decoder: Decoder) -> dict[str, Any]:
     """Step times over the batch, beside what all fetches of a step take at the link's rate."""
-    reader = Reader(gpu, scaled(decoder, gpu.scale), copier)
+    reader = Reader(gpu, scaled(decoder, gpu.scale))
     fetches = reader.num_fetches * reader.fetch_seconds
     points: list[dict[str, Any]] = []
     with torch.inference_mode():
@@ -143,14 +139,10 @@ def measure(gpu: Gpu, decoder: Decoder, copier: Copier) -> dict[str, Any]:
 
 
 def overlap(gpu: Gpu) -> dict[str, Any]:
-    """The FFN sizes of three models, the link paced at 400 GB/s; one by a kernel as well."""
-    result: dict[str, Any] = {
-        decoder.name: measure(gpu, decoder, COPIERS["slices"]) for decoder in DECODERS
-    }
-    by_kernel = measure(gpu, DECODERS[0], COPIERS["kernel"])
+    """The FFN sizes of three models, the link paced at 400 GB/s."""
+    result: dict[str, Any] = {decoder.name: measure(gpu, decoder) for decoder in DECODERS}
     return {
         **result,
-        f"{DECODERS[0].name}, copied by {copies.PROGRAMS} multiprocessors": by_kernel,
         "target_met": all(model["target_met"] for model in result.values()),
         "ok": True,
         "note": f"one reader, {LAYERS} layers of which {RANKS - 1} of {RANKS} are fetched, KV of "

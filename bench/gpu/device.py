@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver
-from sidp_sgl.weightpool.transport.cuda.libcuda import LibCuda
 
 _WARM_SECONDS = 0.2  # an idle GPU runs at a fraction of its clock
 _HEAD_START_CYCLES = 3_000_000
@@ -24,7 +23,7 @@ class Gpu:
 
     def driver(self) -> CudaDriver:
         """A new one, as every rank opens it."""
-        return LibCuda()
+        return CudaDriver.of_pytorch()
 
     def launch(self, work: Callable[[], object]) -> None:
         """Enqueue `work` on the current stream."""

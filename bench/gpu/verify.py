@@ -32,11 +32,16 @@ class Check(NamedTuple):
 
 
 CHECKS = [
-    Check("handles", "check_memory.handles", 60, "VMM by descriptor, fabric, IPC; two processes"),
+    Check("memory", "check_memory.shared", 60, "shared by file descriptor; two processes"),
     Check("pool", "check_pool.eager", 90, "every use of a layer sees its bytes; three orders"),
     Check("graphs", "check_pool.graphs", 120, "1,000 replays of captured steps, slots poisoned"),
     Check("kernels", "check_kernels.tests", 180, "tests/kernels against their references"),
-    Check("kernel_costs", "check_kernels.costs", 40, "signal, wait and turn: at most 5 us each"),
+    Check(
+        "kernel_costs",
+        "check_kernels.costs",
+        40,
+        "acquire and release: at most 5 us each",
+    ),
     Check("copy_rates", "check_memory.copy_rates", 60, "fetch at least 95 % of a plain copy"),
     Check("cas", "check_cas.correct", 60, "rows to owners and back; three processes"),
     Check("round_trip", "check_cas.round_trip", 60, "CaS at most 20 us beyond the GEMM"),

@@ -1,1 +1,1 @@
-"""Room: kernels. Triton kernels, each beside a PyTorch reference of the same signature."""
+"""Triton kernels, each beside a PyTorch reference of the same signature."""

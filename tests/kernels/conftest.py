@@ -33,7 +33,6 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that run out do so at once; the interpreter counts looks instead of time."""
-    from sidp_sgl.kernels import flags, tickets
+    from sidp_sgl.kernels import ticket_lock
 
-    monkeypatch.setattr(flags, "POLLS", 3)
-    monkeypatch.setattr(tickets, "POLLS", 3)
+    monkeypatch.setattr(ticket_lock, "POLLS", 3)

@@ -3,116 +3,104 @@
 import ctypes
 import mmap
 import os
+from typing import Any
 
-from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver, CudaError, HandleKind
+from cuda.bindings import driver as cuda
 
 GRANULARITY = 2 << 20
+_MAP_FIXED = 0x10
+OK = cuda.CUresult.CUDA_SUCCESS
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [*_libc.munmap.argtypes, ctypes.c_int]
 
 
-class FakeMemory(CudaDriver):
-    """The driver's calls for memory."""
+class FakeMemory:
+    """The calls of `cuda.bindings.driver` for memory."""
 
     def __init__(self) -> None:
-        self._things: dict[int, object] = {}  # handles, streams, events
-        self._sizes: dict[int, int] = {}  # mapped address → bytes
-        self.failing: set[str] = set()  # calls that fail
+        self.things: dict[int, object] = {}  # handles, streams, events
+        self.sizes: dict[int, int] = {}  # reserved address → bytes
+        self._mapped: set[int] = set()  # addresses
 
-    def _check(self, name: str) -> None:
-        if name in self.failing:
-            raise CudaError(f"{name}: CUDA_ERROR_NOT_PERMITTED (800)")
-
-    def _keep(self, thing: object) -> int:
+    def keep(self, thing: object) -> int:
         number = id(thing)
-        self._things[number] = thing
+        self.things[number] = thing
         return number
 
-    def granularity(self, kind: HandleKind) -> int:
-        return GRANULARITY
-
-    def create(self, num_bytes: int, kind: HandleKind) -> int:
-        assert num_bytes > 0 and num_bytes % GRANULARITY == 0, "CUDA_ERROR_INVALID_VALUE"
-        fd = os.memfd_create("fake-gpu", os.MFD_CLOEXEC)
-        os.ftruncate(fd, num_bytes)
-        os.pwrite(fd, b"\xa5" * 4096, 0)  # a GPU's memory is not zeroed
-        return self._keep(_Physical(fd))
-
     def _physical(self, handle: int) -> "_Physical":
-        physical = self._things[handle]
+        physical = self.things[handle]
         assert isinstance(physical, _Physical)
         return physical
 
-    def map(self, handle: int, num_bytes: int, granularity: int) -> int:
-        self._check("cuMemSetAccess")
-        fd = self._physical(handle).fd
-        assert os.fstat(fd).st_size == num_bytes, "only whole allocations can be mapped"
-        return self._map_fd(fd, num_bytes)
+    def cuMemGetAllocationGranularity(self, prop: Any, option: Any) -> tuple:
+        return OK, GRANULARITY
 
-    def _map_fd(self, fd: int, num_bytes: int) -> int:
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        address = _libc.mmap(None, num_bytes, protection, mmap.MAP_SHARED, fd, 0)
-        assert address not in (None, ctypes.c_void_p(-1).value), os.strerror(ctypes.get_errno())
-        self._sizes[address] = num_bytes
-        return address
+    def cuMemCreate(self, size: int, prop: Any, flags: int) -> tuple:
+        assert prop.type == cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        assert prop.location.type == cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        kinds = cuda.CUmemAllocationHandleType
+        assert prop.requestedHandleTypes == kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        if size == 0 or size % GRANULARITY:
+            return (cuda.CUresult.CUDA_ERROR_INVALID_VALUE,)
+        fd = os.memfd_create("fake-gpu", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        os.pwrite(fd, b"\xa5" * 4096, 0)  # a GPU's memory is not zeroed
+        return OK, cuda.CUmemGenericAllocationHandle(self.keep(_Physical(fd)))
 
-    def unmap(self, address: int, num_bytes: int) -> None:
-        assert self._sizes.pop(address) == num_bytes
-        assert _libc.munmap(address, num_bytes) == 0
-
-    def release(self, handle: int) -> None:
+    def cuMemRelease(self, handle: int) -> tuple:
         os.close(self._physical(handle).fd)
-        del self._things[handle]
+        del self.things[handle]
+        return (OK,)
 
-    def export_fd(self, handle: int) -> int:
-        self._check("cuMemExportToShareableHandle")
-        return os.dup(self._physical(handle).fd)
+    def cuMemExportToShareableHandle(self, handle: int, kind: Any, flags: int) -> tuple:
+        return OK, os.dup(self._physical(handle).fd)
 
-    def import_fd(self, fd: int) -> int:
-        self._check("cuMemImportFromShareableHandle")
-        return self._keep(_Physical(os.dup(fd)))
+    def cuMemImportFromShareableHandle(self, fd: int, kind: Any) -> tuple:
+        return OK, cuda.CUmemGenericAllocationHandle(self.keep(_Physical(os.dup(fd))))
 
-    def export_fabric(self, handle: int) -> bytes:
-        self._check("cuMemExportToShareableHandle")
-        return f"{os.getpid()} {self._physical(handle).fd}".encode().ljust(64, b"\0")
+    def cuMemAddressReserve(self, size: int, alignment: int, address: int, flags: int) -> tuple:
+        found = _mmap(None, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        self.sizes[found] = size
+        return OK, cuda.CUdeviceptr(found)
 
-    def import_fabric(self, data: bytes) -> int:
-        return self._keep(_Physical(_open(data)))
+    def cuMemAddressFree(self, address: int, size: int) -> tuple:
+        assert self.sizes.pop(address) == size and address not in self._mapped
+        assert _libc.munmap(address, size) == 0
+        return (OK,)
 
-    def alloc(self, num_bytes: int) -> int:
-        size = -(-num_bytes // 4096) * 4096
-        physical = _Physical(os.memfd_create("fake-gpu", os.MFD_CLOEXEC))
-        os.ftruncate(physical.fd, size)
-        address = self._map_fd(physical.fd, size)
-        self._things[address] = physical
-        return address
+    def cuMemMap(self, address: int, size: int, offset: int, handle: int, flags: int) -> tuple:
+        fd = self._physical(handle).fd
+        assert self.sizes[address] == os.fstat(fd).st_size == size, "whole allocations only"
+        _mmap(address, size, mmap.MAP_SHARED | _MAP_FIXED, fd)
+        self._mapped.add(address)
+        return (OK,)
 
-    def free(self, address: int) -> None:
-        self.unmap(address, self._sizes[address])
-        self.release(address)
+    def cuMemSetAccess(self, address: int, size: int, access: list[Any], count: int) -> tuple:
+        assert access[0].flags == cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        assert address in self._mapped and _libc.mprotect(address, size, protection) == 0
+        return (OK,)
 
-    def ipc_handle(self, address: int) -> bytes:
-        return self.export_fabric(address)
+    def cuMemUnmap(self, address: int, size: int) -> tuple:
+        assert self.sizes[address] == size
+        self._mapped.remove(address)
+        return (OK,)
 
-    def ipc_open(self, data: bytes) -> int:
-        fd = _open(data)
-        try:
-            return self._map_fd(fd, os.fstat(fd).st_size)
-        finally:
-            os.close(fd)
+    def cuMemHostRegister(self, address: int, size: int, flags: int) -> tuple:
+        assert flags == cuda.CU_MEMHOSTREGISTER_PORTABLE | cuda.CU_MEMHOSTREGISTER_DEVICEMAP
+        assert address % mmap.PAGESIZE == 0 and size % mmap.PAGESIZE == 0
+        self.things[address] = "pinned"
+        return (OK,)
 
-    def ipc_close(self, address: int) -> None:
-        self.unmap(address, self._sizes[address])
+    def cuMemHostGetDevicePointer(self, address: int, flags: int) -> tuple:
+        return OK, cuda.CUdeviceptr(address)
 
-    def register_host(self, address: int, num_bytes: int) -> int:
-        assert address % mmap.PAGESIZE == 0 and num_bytes % mmap.PAGESIZE == 0
-        self._things[address] = "pinned"
-        return address
-
-    def unregister_host(self, address: int) -> None:
-        del self._things[address]
+    def cuMemHostUnregister(self, address: int) -> tuple:
+        del self.things[address]
+        return (OK,)
 
 
 class _Physical:
@@ -120,6 +108,8 @@ class _Physical:
         self.fd = fd
 
 
-def _open(data: bytes) -> int:
-    pid, fd = data.rstrip(b"\0").decode().split()
-    return os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+def _mmap(address: int | None, size: int, flags: int, fd: int) -> int:
+    """Without access, until it is given."""
+    found = _libc.mmap(address, size, 0, flags, fd, 0)
+    assert found not in (None, ctypes.c_void_p(-1).value), os.strerror(ctypes.get_errno())
+    return found

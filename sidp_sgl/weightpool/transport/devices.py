@@ -15,13 +15,13 @@ def make_transport(device: str, link_bytes_per_second: float | None) -> Transpor
     if device != "cuda":
         return ShmTransport(link_bytes_per_second)
     # Not above: Triton and the driver are asked for on GPUs only.
-    from sidp_sgl.weightpool.transport.cuda.libcuda import LibCuda
+    from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver
     from sidp_sgl.weightpool.transport.cuda.streams import Copier
     from sidp_sgl.weightpool.transport.cuda.transport import CudaTransport
 
     rate = link_bytes_per_second
     copier = Copier() if rate is None else Copier(bytes_per_second=rate, slice_bytes=PACED_SLICE)
-    return CudaTransport(LibCuda, copier)
+    return CudaTransport(CudaDriver.of_pytorch, copier)
 
 
 def make_mailbox(

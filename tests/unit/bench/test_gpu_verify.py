@@ -88,10 +88,8 @@ def test_results_are_written_beside_the_machine_they_come_from(
     assert "nothing failed" in capsys.readouterr().out
 
 
-def test_handles_over_the_fake_driver() -> None:
-    result = check_memory.handles(FakeGpu())
-    assert result["ok"] and result["posix_fd"] == "right"
-    assert result["fabric"].startswith("not here")
+def test_shared_memory_over_the_fake_driver() -> None:
+    assert check_memory.shared(FakeGpu())["ok"]
 
 
 class ProcessGpu(FakeGpu):
@@ -108,12 +106,12 @@ def test_ranks_are_processes_where_a_gpu_is() -> None:
 def test_copy_rates_over_the_fake_driver() -> None:
     result = check_memory.copy_rates(FakeGpu())
     assert result["ok"] and result["wrong"] == []
-    assert set(result["gigabytes_per_second"]) >= {"copy engine", "kernel, 16 multiprocessors"}
+    assert all(rate > 0 for rate in result["gigabytes_per_second"].values())
 
 
 def test_kernel_costs_over_the_fake_driver() -> None:
     result = check_kernels.costs(FakeGpu())
-    assert result["ok"] and result["error_word"] == 0
+    assert result["ok"] and result["microseconds"]["acquire and release"] > 0
 
 
 def test_pool_over_the_fake_driver() -> None:
@@ -133,17 +131,16 @@ def test_cas_over_the_fake_driver() -> None:
     assert result["ok"] and result["rows_sent"] > 0
 
 
-def test_a_round_trip_by_hosts_over_the_fake_driver() -> None:
+def test_a_round_trip_over_the_fake_driver() -> None:
     gpu = FakeGpu()
     width, compute = check_cas._ffn(gpu)
-    seconds, is_right = check_cas._by_host(gpu, width, compute, torch.randn(3, width).bfloat16())
+    seconds, is_right = check_cas._remote(gpu, width, compute, torch.randn(3, width).bfloat16())
     assert is_right and seconds > 0
 
 
-@pytest.mark.parametrize("copier", check_overlap.COPIERS)
-def test_overlap_over_the_fake_driver(monkeypatch: pytest.MonkeyPatch, copier: str) -> None:
+def test_overlap_over_the_fake_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_overlap, "BATCHES", (1, 4))
-    result = check_overlap.measure(FakeGpu(), DECODERS[0], check_overlap.COPIERS[copier])
+    result = check_overlap.measure(FakeGpu(), DECODERS[0])
     json.dumps(result)
     assert [point["batch"] for point in result["points"]] == [1, 4]
 

@@ -7,27 +7,20 @@ import pytest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from sidp_sgl.kernels import copies, flags, rows, tickets
+from sidp_sgl.kernels import pacing, ticket_lock
 
 HOPPER = GPUTarget("cuda", 90, 32)
-WORDS, INDEX, NUMBER, LONG = "*i64", "*i32", "i32", "i64"
-CONSTANTS = {"CLOCK": True, "PROGRAMS": 16, "WORDS": 8192, "BLOCK": 1024}
 KERNELS: dict[Any, list[str]] = {
-    flags._signal: [WORDS],
-    flags._wait: [WORDS, WORDS, WORDS, NUMBER, LONG, "CLOCK"],
-    tickets._take: [WORDS, WORDS, LONG, "CLOCK"],
-    tickets._end: [WORDS, WORDS],
-    copies._copy: [INDEX, INDEX, NUMBER, "fp32", "PROGRAMS", "WORDS", "CLOCK"],
-    copies._mark: [WORDS, "CLOCK"],
-    copies._until: [WORDS, NUMBER, "CLOCK"],
-    rows._pack: [INDEX, INDEX, INDEX, INDEX, NUMBER, "BLOCK"],
-    rows._scatter: [INDEX, WORDS, INDEX, INDEX, INDEX, NUMBER, "BLOCK"],
+    ticket_lock._acquire: ["i64", "*i64", "i64", "CLOCK"],
+    ticket_lock._release: ["i64", "*i64"],
+    pacing._mark: ["*i64", "CLOCK"],
+    pacing._until: ["*i64", "i32", "CLOCK"],
 }
 
 
 def ptx(kernel: Any) -> str:
     types = dict(zip(kernel.arg_names, KERNELS[kernel], strict=True))
-    constants = {name: CONSTANTS[name] for name in types if name in CONSTANTS}
+    constants = {name: True for name in types if name == "CLOCK"}
     signature = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return compile(source, target=HOPPER, options={"num_warps": 4}).asm["ptx"]
@@ -38,15 +31,13 @@ def test_it_compiles(kernel: Any) -> None:
     assert ".entry" in ptx(kernel)
 
 
-def test_signals_release_and_looks_acquire_at_system_scope() -> None:
-    assert "atom.global.sys.release.add" in ptx(flags._signal)
-    assert "sys.acquire" in ptx(flags._wait)
-    taken = ptx(tickets._take)
-    assert "sys.acquire" in taken and "acq_rel.sys.cas" in taken
-    ended = ptx(tickets._end)
-    assert "acq_rel.sys.cas" in ended and "sys.release.max" in ended
+def test_the_lock_acquires_and_releases_at_system_scope() -> None:
+    acquired = ptx(ticket_lock._acquire)
+    assert "sys.acquire" in acquired and "global.acq_rel.sys.cas" in acquired
+    released = ptx(ticket_lock._release)
+    assert "global.acq_rel.sys.cas" in released and "global.sys.release.max" in released
 
 
 def test_waits_look_at_the_clock() -> None:
-    for kernel in (flags._wait, tickets._take, copies._until, copies._copy):
+    for kernel in (ticket_lock._acquire, pacing._until):
         assert "%globaltimer" in ptx(kernel) and "nanosleep" in ptx(kernel)

@@ -1,5 +1,5 @@
-"""Remote calls between GPU ranks: rows and results in device memory that both sides map, words in
-pinned host memory, which GPUs write in the order of their streams.
+"""Remote calls between GPU ranks: rows and results in device memory that both sides map, mailboxes
+in pinned host memory, which GPUs write in the order of their streams.
 
 A call is there when its number is: the requester's GPU writes it after the rows, the owner's after
 the results, by a stream memory operation, which has a memory barrier by default. The hosts wait,
@@ -15,8 +15,8 @@ import torch
 from sidp_sgl.weightpool.alignment import align
 from sidp_sgl.weightpool.cas.mailbox import Mailbox
 from sidp_sgl.weightpool.cas.unit import PooledUnit
+from sidp_sgl.weightpool.transport.cuda.captured_service import capture_units
 from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver
-from sidp_sgl.weightpool.transport.cuda.graphed_units import graphed
 from sidp_sgl.weightpool.transport.cuda.memory import PeerMemory, SharedMemory
 from sidp_sgl.weightpool.transport.timer_slack import sleep_exactly
 
@@ -44,27 +44,27 @@ class CudaCalls(Mailbox):
         self.results = self._memory.data[align(inbox_bytes) :]
         self._stream = driver.create_stream()  # of the service
         self._peer_memory: list[PeerMemory] = []
-        self._words: dict[int, tuple[int, int]] = {}  # peer → host's and device's address
+        self._mailboxes: dict[int, tuple[int, int]] = {}  # peer → host's and device's address
 
     def export(self) -> list[int]:
         self._driver.synchronize()
         return [*self._memory.file_descriptors(), *self._own.file_descriptors]
 
     def connect(self, peer: int, file_descriptors: Sequence[int]) -> None:
-        memory = PeerMemory(self._driver, peer, list(file_descriptors[:2]))
+        memory = PeerMemory(self._driver, peer, file_descriptors[:2])
         self._peer_memory.append(memory)
         data = memory.data
         results = data[align(self._inbox_bytes) :]
         self._add_peer(peer, file_descriptors[2:], data[: self._inbox_bytes], results)
-        words = self._peers[peer].map
-        address = ctypes.addressof(ctypes.c_char.from_buffer(words))
-        self._words[peer] = address, self._driver.register_host(address, len(words))
+        mailbox = self._peers[peer].map
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mailbox))
+        self._mailboxes[peer] = address, self._driver.register_host(address, len(mailbox))
 
     def prepare(self, units: Sequence[PooledUnit]) -> Sequence[PooledUnit]:
         if not self._graphs:
             return units
         with torch.no_grad(), self._driver.on_stream(self._stream):
-            prepared = graphed(units, self.inbox.device, self._driver.graph)
+            prepared = capture_units(units, self.inbox.device, self._driver.graph)
             self._driver.synchronize()
         return prepared
 
@@ -82,14 +82,14 @@ class CudaCalls(Mailbox):
 
     def _tell(self, peer: int, index: int, number: int) -> None:
         stream = self._driver.current_stream()
-        self._driver.write_word(stream, self._words[peer][1] + 8 * index, number)
+        self._driver.write_value(stream, self._mailboxes[peer][1] + 8 * index, number)
 
     def close(self) -> None:
         """The service must have ended. Idempotent."""
         if not self._own.file_descriptors:
             return
         self._driver.synchronize()
-        for address, _ in self._words.values():
+        for address, _ in self._mailboxes.values():
             self._driver.unregister_host(address)
         for memory in self._peer_memory:
             memory.close()

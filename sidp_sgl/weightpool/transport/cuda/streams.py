@@ -1,11 +1,12 @@
-"""Streams, events and turns of the CUDA transport."""
+"""Streams and events of the CUDA transport."""
 
 import time
+import weakref
 from dataclasses import dataclass
 
 import torch
 
-from sidp_sgl.kernels import copies, tickets
+from sidp_sgl.kernels import pacing, ticket_lock
 from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver
 from sidp_sgl.weightpool.transport.interface import (
     WAIT_SECONDS,
@@ -16,18 +17,18 @@ from sidp_sgl.weightpool.transport.interface import (
     TransportError,
 )
 
-PATIENCE_SECONDS = 1.0  # without any reader's turn at an owner ending; a fetch takes milliseconds
+LOCK_SECONDS = 1.0  # without any reader releasing an owner's lock; a fetch takes milliseconds
 _CLOSE_SECONDS = 5.0
+
+OwnerLock = tuple[torch.Tensor, torch.Tensor]  # the lock, and the reader's part of it
 
 
 @dataclass(frozen=True)
 class Copier:
-    """How blocks are copied: by the copy engine, or by a kernel with `programs` multiprocessors;
-    in slices of `slice_bytes` unless 0; no faster than `bytes_per_second` unless 0: a slice starts
-    when a link of that rate would be through with those before it, and a kernel without slices
-    keeps to that timetable by itself."""
+    """How the copy engine copies a block: in slices of `slice_bytes` unless 0; no faster than
+    `bytes_per_second` unless 0: a slice starts when a link of that rate would be through with those
+    before it."""
 
-    programs: int = 0
     bytes_per_second: float = 0.0
     slice_bytes: int = 0
 
@@ -36,11 +37,8 @@ class CudaEvent(Event):
     """An event of the driver, which goes with its object."""
 
     def __init__(self, driver: CudaDriver) -> None:
-        self._driver = driver
         self.handle = driver.create_event()
-
-    def __del__(self) -> None:
-        self._driver.destroy_event(self.handle)
+        weakref.finalize(self, driver.destroy_event, self.handle).atexit = False
 
 
 class CudaComputeStream(Stream):
@@ -58,30 +56,12 @@ class CudaComputeStream(Stream):
         self._driver.wait(self._driver.current_stream(), event.handle)
 
 
-class Port:
-    """A reader's view of an owner's turns. `owner_words` may lie on the owner's GPU."""
-
-    def __init__(self, owner_words: torch.Tensor, reader_words: torch.Tensor) -> None:
-        self._owner_words = owner_words
-        self._reader_words = reader_words
-
-    def take_turn(self) -> None:
-        tickets.take_turn(self._owner_words, self._reader_words, PATIENCE_SECONDS)
-
-    def end_turn(self) -> None:
-        tickets.end_turn(self._owner_words, self._reader_words)
-
-    def skipped_turns(self) -> int:
-        return int(self._reader_words[2])
-
-
 class CudaCopyStream(CopyStream):
-    """A stream of its own. Owners without a port are read without turns."""
+    """A stream of its own. `locks`: owner → its ticket lock and this reader's part of it; owners
+    without one are read without turns."""
 
-    def __init__(self, driver: CudaDriver, ports: dict[int, Port], copier: Copier) -> None:
-        self._driver = driver
-        self._ports = ports
-        self._copier = copier
+    def __init__(self, driver: CudaDriver, locks: dict[int, OwnerLock], copier: Copier) -> None:
+        self._driver, self._locks, self._copier = driver, locks, copier
         self.handle = driver.create_stream()
         self._clock = driver.empty(8).view(torch.int64)  # when the fetch began
 
@@ -96,34 +76,27 @@ class CudaCopyStream(CopyStream):
     def copy(self, target: torch.Tensor, source: PeerStripe) -> None:
         assert target.numel() == source.data.numel(), "a block fits its slot"
         rate, size = self._copier.bytes_per_second, self._copier.slice_bytes or target.numel()
-        if self._copier.programs and not self._copier.slice_bytes:
-            self._copy(target, source.data, rate)
-            return
         if rate:
-            self._driver.run(self.handle, lambda: copies.mark(self._clock))
+            self._driver.run(self.handle, lambda: pacing.mark(self._clock))
         for start in range(0, target.numel(), size):
-            self._copy(target[start : start + size], source.data[start : start + size])
+            end = min(start + size, target.numel())
+            addresses = target.data_ptr() + start, source.data.data_ptr() + start
+            self._driver.copy(*addresses, end - start, self.handle)
             if rate:
-                self._pace(min(start + size, target.numel()) / rate)
-
-    def _copy(self, target: torch.Tensor, source: torch.Tensor, rate: float = 0.0) -> None:
-        programs = self._copier.programs
-        if programs:
-            self._driver.run(self.handle, lambda: copies.copy(target, source, rate, programs))
-        else:
-            addresses = target.data_ptr(), source.data_ptr()
-            self._driver.copy(*addresses, target.numel(), self.handle)
+                self._pace(end / rate)
 
     def _pace(self, seconds: float) -> None:
-        self._driver.run(self.handle, lambda: copies.wait_until(self._clock, seconds))
+        self._driver.run(self.handle, lambda: pacing.wait_until(self._clock, seconds))
 
     def take_turn(self, source: PeerStripe) -> None:
-        if source.owner in self._ports:
-            self._driver.run(self.handle, self._ports[source.owner].take_turn)
+        if source.owner in self._locks:
+            lock = self._locks[source.owner]
+            self._driver.run(self.handle, lambda: ticket_lock.acquire(*lock, LOCK_SECONDS))
 
     def end_turn(self, source: PeerStripe) -> None:
-        if source.owner in self._ports:
-            self._driver.run(self.handle, self._ports[source.owner].end_turn)
+        if source.owner in self._locks:
+            lock = self._locks[source.owner]
+            self._driver.run(self.handle, lambda: ticket_lock.release(*lock))
 
     def synchronize(self) -> None:
         deadline = time.monotonic() + WAIT_SECONDS

@@ -1,5 +1,5 @@
 """Transport `cuda`: ranks on NVIDIA GPUs, peer memory mapped by the driver, a stream of its own for
-copies, turns by small kernels on the owner's words.
+copies, turns by a ticket lock in the owner's memory.
 
 Same interface and event semantics as `shm`. What is enqueued while PyTorch captures a graph becomes
 part of the graph: the pool forks and joins the copy stream around it (`captured.py`).
@@ -11,33 +11,34 @@ from functools import cached_property
 
 import torch
 
-from sidp_sgl.kernels import tickets
+from sidp_sgl.kernels import ticket_lock
 from sidp_sgl.weightpool.alignment import ALIGNMENT, align
 from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver
 from sidp_sgl.weightpool.transport.cuda.memory import PeerMemory, SharedMemory
 from sidp_sgl.weightpool.transport.cuda.streams import (
+    LOCK_SECONDS,
     Copier,
     CudaComputeStream,
     CudaCopyStream,
     CudaEvent,
-    Port,
+    OwnerLock,
 )
 from sidp_sgl.weightpool.transport.interface import Transport
 
 logger = logging.getLogger(__name__)
-_PORT_BYTES = align(8 * tickets.OWNER_WORDS)  # the owner's turns, before its blocks
+_LOCK_BYTES = align(8 * ticket_lock.LOCK_SIZE)
 
 
 class CudaTransport(Transport):
     """One rank on a GPU. The driver is opened at the first use, when SGLang has chosen the device.
 
-    Memory that is exported holds the owner's turns and, behind them, its blocks.
+    Memory that is exported holds the owner's lock and, behind it, its blocks.
     """
 
     def __init__(self, open_driver: Callable[[], CudaDriver], copier: Copier | None = None) -> None:
         self._open_driver = open_driver
         self._copier = copier or Copier()
-        self._ports: dict[int, Port] = {}
+        self._locks: dict[int, OwnerLock] = {}  # by owner
         self._memory: SharedMemory | None = None
         self._peers: list[PeerMemory] = []
         self._closed = False
@@ -52,13 +53,13 @@ class CudaTransport(Transport):
 
     @cached_property
     def copy_stream(self) -> CudaCopyStream:  # type: ignore[override]
-        return CudaCopyStream(self.driver, self._ports, self._copier)
+        return CudaCopyStream(self.driver, self._locks, self._copier)
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         assert self._memory is None, "a transport allocates once"
-        self._memory = SharedMemory(self.driver, _PORT_BYTES + num_bytes)
-        tickets.reset(_port_words(self._memory.data))
-        return self._memory.data[_PORT_BYTES:]
+        self._memory = SharedMemory(self.driver, _LOCK_BYTES + num_bytes)
+        ticket_lock.reset(_lock_of(self._memory.data))
+        return self._memory.data[_LOCK_BYTES:]
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         memory = self.driver.empty(num_bytes)
@@ -73,15 +74,12 @@ class CudaTransport(Transport):
         return self._memory.file_descriptors()
 
     def connect(self, owner: int, file_descriptors: Sequence[int]) -> torch.Tensor:
-        peer = PeerMemory(self.driver, owner, list(file_descriptors))
+        peer = PeerMemory(self.driver, owner, file_descriptors)
         self._peers.append(peer)
         if peer.has_atomics:
-            if not self._ports:
-                self._load_turn_kernels()
-            # 256 bytes each, so that kernels compiled for one owner's words take every owner's.
-            reader_words = self.empty(ALIGNMENT).zero_().view(torch.int64)
-            self.driver.synchronize()  # the copy stream reads them, PyTorch's has zeroed them
-            self._ports[owner] = Port(_port_words(peer.data), reader_words)
+            if not self._locks:
+                self._load_lock_kernels()
+            self._locks[owner] = self._reader_of(peer.data)
         else:
             logger.warning(
                 "GPU %d has no atomic operations on the memory of DP rank %d: its blocks are "
@@ -89,15 +87,21 @@ class CudaTransport(Transport):
                 self.driver.device,
                 owner,
             )
-        return peer.data[_PORT_BYTES:]
+        return peer.data[_LOCK_BYTES:]
 
-    def _load_turn_kernels(self) -> None:
-        """Compile and load them now, at an owner of their own: while a turn is held others wait."""
-        owner = self.empty(_PORT_BYTES).view(torch.int64)
-        tickets.reset(owner)
-        port = Port(owner, self.empty(ALIGNMENT).zero_().view(torch.int64))
-        port.take_turn()
-        port.end_turn()
+    def _reader_of(self, memory: torch.Tensor) -> OwnerLock:
+        """An owner's memory → its lock and this reader's part of it."""
+        # 256 bytes each, so that kernels compiled for one take every other.
+        reader = self.empty(ALIGNMENT).zero_().view(torch.int64)
+        self.driver.synchronize()  # the copy stream reads it, PyTorch's has zeroed it
+        return _lock_of(memory), reader
+
+    def _load_lock_kernels(self) -> None:
+        """Compile and load them now, on a lock of their own: while one is held others wait."""
+        lock, reader = self._reader_of(self.empty(_LOCK_BYTES))
+        ticket_lock.reset(lock)
+        ticket_lock.acquire(lock, reader, LOCK_SECONDS)
+        ticket_lock.release(lock, reader)
         self.driver.synchronize()
 
     def event(self) -> CudaEvent:
@@ -115,7 +119,7 @@ class CudaTransport(Transport):
 
     def skipped_turns(self) -> int:
         """Fetches that went on without a turn; waits for the device."""
-        return sum(port.skipped_turns() for port in self._ports.values())
+        return sum(int(reader[2]) for _, reader in self._locks.values())
 
     def close(self) -> None:
         if self._closed or (self._memory is None and not self._peers):
@@ -139,6 +143,6 @@ class CudaTransport(Transport):
                 self._memory.close()
 
 
-def _port_words(memory: torch.Tensor) -> torch.Tensor:
-    """The turns at the beginning of an owner's memory."""
-    return memory[: 8 * tickets.OWNER_WORDS].view(torch.int64)
+def _lock_of(memory: torch.Tensor) -> torch.Tensor:
+    """[LOCK_SIZE] int64 at the beginning of an owner's memory."""
+    return memory[: 8 * ticket_lock.LOCK_SIZE].view(torch.int64)

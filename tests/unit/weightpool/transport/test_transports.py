@@ -143,7 +143,7 @@ def test_an_offer_is_two_descriptors_whatever_the_kind(kind: str) -> None:
 
 
 def test_slices_on_a_timetable_make_a_whole_block() -> None:
-    owner, reader = FakeCudaTransport(), FakeCudaTransport(copier=Copier(0, 1e5, 300))
+    owner, reader = FakeCudaTransport(), FakeCudaTransport(copier=Copier(1e5, 300))
     memory = owner.allocate(BYTES).copy_(torch.arange(BYTES) % 251)
     block = PeerStripe(7, reader.connect(7, [os.dup(fd) for fd in owner.export()]))
     target, started = reader.empty(BYTES), time.monotonic()

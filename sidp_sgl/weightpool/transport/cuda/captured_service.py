@@ -1,5 +1,5 @@
-"""An owner's units as CUDA graphs, one per batch bucket: a call costs the service one launch,
-however many kernels the unit has."""
+"""What an owner's service computes for others, captured as CUDA graphs: a call costs the service
+one launch, however many kernels the unit has. There is a graph per unit and batch bucket."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,11 +11,11 @@ from sidp_sgl.weightpool.cas.unit import PooledUnit, RowsViews
 
 BUCKETS = tuple(2**power for power in range(ROWS_PER_RANK.bit_length()))  # 1, 2, 4, …, 64 rows
 
-# Of what `work` enqueues on the current stream: a graph's launch.
+# Work on the current stream → the launch of its graph.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def graphed(
+def capture_units(
     units: Sequence[PooledUnit], device: torch.device, capture: Capture
 ) -> list[PooledUnit]:
     """`units` whose `partial` launches a graph; for one stream, the current one, for they share
@@ -23,14 +23,14 @@ def graphed(
     size = max(BUCKETS)
     payload = _shared([size * unit.row_bytes[0] for unit in units], device)
     results = _shared([size * unit.row_bytes[1] for unit in units], device)
-    return [replace(unit, partial=_GraphedUnit(unit, payload, results, capture)) for unit in units]
+    return [replace(unit, partial=_CapturedUnit(unit, payload, results, capture)) for unit in units]
 
 
 def _shared(num_bytes: list[int], device: torch.device) -> RowsViews:
     return RowsViews(torch.zeros(max(num_bytes, default=0), dtype=torch.uint8, device=device))
 
 
-class _GraphedUnit:
+class _CapturedUnit:
     """Rows beyond those of a call are what earlier calls have left: they only fill the bucket."""
 
     def __init__(
