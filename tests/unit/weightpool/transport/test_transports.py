@@ -2,6 +2,8 @@
 runs over a driver without a GPU (`tests/support/fake_cuda.py`)."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -153,3 +155,16 @@ def test_slices_on_a_timetable_make_a_whole_block() -> None:
     assert time.monotonic() - started >= 0.98 * BYTES / 1e5
     reader.close()
     owner.close()
+
+
+def test_a_cpu_needs_neither_triton_nor_the_driver() -> None:
+    program = (
+        "import sys; from sidp_sgl.weightpool.transport.devices import make_transport; "
+        "make_transport('cpu', None).close(); print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "sidp_sgl.weightpool.transport.shm.transport" in loaded
+    assert not loaded & {"triton", "sidp_sgl.weightpool.transport.cuda"}
