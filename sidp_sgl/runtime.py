@@ -5,45 +5,48 @@ platform's own hooks.
 """
 
 import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from sglang.srt.arg_groups.overrides import model_config_of
 from sglang.srt.platforms import current_platform
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_device, get_exec, get_parallel
+from sglang.srt.runtime_context import get_device, get_exec, get_observability, get_parallel
 
 from sidp_sgl import __version__
-from sidp_sgl.config import SidpConfig
+from sidp_sgl.config import OWN_DISPATCH, SidpConfig
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
 from sidp_sgl.scheduler.lifecycle.spawning import DIRECTORY
 from sidp_sgl.scheduler.member import Member
+from sidp_sgl.scheduler.status import CasStatus, DispatchStatus, Status, StepsStatus, WasStatus
 from sidp_sgl.sglang_hooks import arguments, refusals, required
+from sidp_sgl.sglang_hooks.controller import controller_hooks
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
+from sidp_sgl.sglang_hooks.cpu.platform import MEMORY_HOOK, SidpCpuPlatform
 from sidp_sgl.sglang_hooks.cuda import colocation
 from sidp_sgl.sglang_hooks.cuda import defaults as cuda_defaults
 from sidp_sgl.sglang_hooks.cuda.graphs import GraphHooks
-from sidp_sgl.sglang_hooks.dispatch.controller import ControllerDispatch
 from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
 from sidp_sgl.sglang_hooks.failures import engine as failures
 from sidp_sgl.sglang_hooks.failures import reports
 from sidp_sgl.sglang_hooks.model.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.model.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.required import Hook
-from sidp_sgl.sglang_hooks.status.metrics import MetricsHooks
-from sidp_sgl.sglang_hooks.status.status import StatusHooks
+from sidp_sgl.sglang_hooks.scheduler import SchedulerHooks
+from sidp_sgl.sglang_hooks.status.metrics import Metrics
+from sidp_sgl.sglang_hooks.status.server_info import ServerInfo
 from sidp_sgl.sglang_hooks.status.updates import UpdateHooks
-from sidp_sgl.sglang_hooks.step.modes import ModeHooks
+from sidp_sgl.sglang_hooks.step.rank_steps import RankSteps
 from sidp_sgl.weightpool.cas.endpoint import CasEndpoint, no_counters
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, capacity_rows, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.transport.devices import make_mailbox, make_transport
-
-CPU_PLATFORM = "sidp_cpu"
 
 
 def register() -> None:
@@ -54,46 +57,39 @@ def register() -> None:
     refusals.install()
     failures.install()
     required.apply([Hook("sglang.srt.runtime_context.publish", _on_publish, HookType.AFTER)])
-    if current_platform.device_name == CPU_PLATFORM:
-        from sidp_sgl.sglang_hooks.cpu import controller as cpu_controller
-
-        required.apply(cpu_controller.MEMORY_HOOKS)
+    if current_platform.device_name == SidpCpuPlatform.device_name:
+        required.apply([MEMORY_HOOK])
 
 
 def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     """The per-process bootstrap: SGLang has just published the process's configuration."""
     config = arguments.config_of(server_args)
-    if role == "dp_controller" and current_platform.device_name == CPU_PLATFORM:
-        from sidp_sgl.sglang_hooks.cpu import controller as cpu_controller
-
-        required.apply(cpu_controller.CONTROLLER_HOOKS)
+    if role == "dp_controller":
+        required.apply(controller_hooks(config, server_args.dp_size))
     if config is None:
         return
     if role == "tokenizer":
         required.apply(refusals.runtime_hooks())
     if role == "detokenizer":
         reports.join(config.group)
-    if role == "dp_controller":
-        if config.sidp_colocate:
-            required.apply(colocation.CONTROLLER_HOOKS)
-        required.apply(reports.ControllerReports(config.group).hooks())
-        if config.own_dispatch:
-            dispatch = ControllerDispatch(Path(os.environ[DIRECTORY]), server_args.dp_size)
-            required.apply([dispatch.hook()])
     if role == "scheduler":
         parallel = get_parallel()
         member = Member(parallel.dp_rank, parallel.tp_rank, parallel.tp_size)
         rank_reports = reports.RankReports(config.group, member)
         with rank_reports.errors():
-            rank = Rank(server_args, config, member)
-            rank.start()
-            required.apply(rank_reports.hooks(lambda: rank.pool.is_started))
+            Rank(server_args, config, member, rank_reports).start()
 
 
 class Rank:
     """One DP scheduler process with --sidp: group → control plane → pool → modes → hooks."""
 
-    def __init__(self, server_args: Any, config: SidpConfig, member: Member) -> None:
+    def __init__(
+        self,
+        server_args: Any,
+        config: SidpConfig,
+        member: Member,
+        rank_reports: reports.RankReports,
+    ) -> None:
         self.config, directory = config, Path(os.environ[DIRECTORY])
         self.member = member
         self.dp_rank, self.dp_size = member.dp_rank, get_parallel().dp_size
@@ -131,21 +127,18 @@ class Rank:
         )
         self.reader = CheckpointReader(self.offloader.is_placeholder)
         self.waiting = WaitingRequests(self.dp_rank, self.control.controller, directory)
-        self.modes = ModeHooks(
-            self.control, self.pool, self.execution, lambda: self.waiting.received
-        )
+        steps = RankSteps(self.control, self.pool, self.execution, lambda: self.waiting.received)
+        metrics = Metrics(self.status) if get_observability().enable_metrics else None
+        self.hooks = SchedulerHooks(rank_reports, self.pool, self.waiting, steps, metrics)
 
     def start(self) -> None:
         self.control.start()
-        status = StatusHooks(self.status)
         required.apply(
             [
                 self.offloader.hook(),
                 *self.reader.hooks(),
-                self.waiting.hook(),
-                *self.modes.hooks(),
-                *status.hooks(),
-                *MetricsHooks(status.status_of).hooks(),
+                *self.hooks.hooks(),
+                *ServerInfo(self.status).hooks(),
                 *UpdateHooks(self.config, self.control.modes).hooks(),
             ]
         )
@@ -189,32 +182,57 @@ class Rank:
             "owners": [self.pool.owners(block) for block in range(len(self.pool.placement.blocks))],
         }
 
-    def status(self) -> dict[str, Any]:
-        """The pool's and the modes' part of the `sidp` dictionary; sizes in bytes."""
-        pool = self.pool
-        placement = pool.placement
-        return {
-            "enabled": True,
-            "dp_rank": self.dp_rank,
-            "dp_size": self.dp_size,
-            "tp_rank": self.member.tp_rank,
-            "tp_size": self.member.tp_size,
-            "pool": self.config.sidp_pool,
-            "placement": self.config.sidp_placement,
-            "owned_layers": self.offloader.owned_layers(),
-            "pooled_bytes": placement.pooled_bytes,
-            "owned_bytes": placement.owned_bytes(self.dp_rank),
-            "replicated_bytes": cpu_memory.replicated_bytes(),
-            "cache_slots": placement.slots(self.dp_rank),
-            "cache_bytes": placement.cache_bytes(self.dp_rank),
-            "staging_bytes": self.execution.staging_bytes,
-            "checkpoint_bytes_read": self.reader.bytes_read,
-            "placeholders_unmaterialised": self.offloader.unmaterialised,
-            **self.control.status(),
-            "dispatch": self.control.dispatch_status(),
-            "was": asdict(pool.prefetcher.counters),
-            "cas": {
-                **self.control.cas_counters(),
+    def status(self) -> Status:
+        """What the rank says of itself, once its scheduler is made."""
+        config, pool, scheduler = self.config, self.pool, self.hooks.scheduler
+        placement, kv = pool.placement, scheduler.pool_stats_observer.get_pool_stats()
+        control, modes = self.control, self.control.modes
+        client, server, negotiation = modes.leases, control.lease_server, modes.leases.negotiation
+        inboxes = client.inbox, server.inbox, control.controller.inbox
+        outboxes = client.outbox, server.outbox, control.controller.outbox
+        return Status(
+            enabled=True,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+            tp_rank=self.member.tp_rank,
+            tp_size=self.member.tp_size,
+            pool=config.sidp_pool,
+            placement=config.sidp_placement,
+            owned_layers=self.offloader.owned_layers(),
+            pooled_bytes=placement.pooled_bytes,
+            owned_bytes=placement.owned_bytes(self.dp_rank),
+            replicated_bytes=cpu_memory.replicated_bytes(),
+            cache_slots=placement.slots(self.dp_rank),
+            cache_bytes=placement.cache_bytes(self.dp_rank),
+            staging_bytes=self.execution.staging_bytes,
+            checkpoint_bytes_read=self.reader.bytes_read,
+            placeholders_unmaterialised=self.offloader.unmaterialised,
+            kv_capacity_tokens=int(scheduler.max_total_num_tokens),
+            kv_headroom_tokens=int(kv.full_available_size + kv.full_evictable_size),
+            running_batch_size=len(scheduler.running_batch.reqs),
+            waiting_requests=len(scheduler.waiting_queue),
+            dispatch=DispatchStatus(
+                method=OWN_DISPATCH if config.own_dispatch else "sglang",
+                **structs.asdict(control.controller.update),
+            ),
+            mode=modes.policy.mode,
+            batch_threshold=modes.threshold,
+            mode_switches=modes.policy.switches,
+            mode_switch_reasons=dict(modes.policy.reasons),
+            was=WasStatus(**asdict(pool.prefetcher.counters)),
+            iterations=StepsStatus(**modes.steps),
+            cas=CasStatus(
+                requests=negotiation.requests,
+                granted=negotiation.granted,
+                declined=negotiation.declined,
+                silent=client.silences,
+                stale=negotiation.stale,
+                negotiation_seconds=client.wait_seconds,
+                service_share=control.share.share(time.monotonic()),
+                declines_given=dict(server.declines),
+                sent_messages=sum(outbox.sent for outbox in outboxes),
+                dropped_messages=sum(outbox.dropped for outbox in outboxes),
+                malformed_messages=sum(inbox.malformed for inbox in inboxes),
                 **(self.cas.counters() if self.cas is not None else no_counters()),
-            },
-        }
+            ),
+        )

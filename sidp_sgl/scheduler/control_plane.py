@@ -3,11 +3,8 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from msgspec import structs
-
-from sidp_sgl.config import OWN_DISPATCH, SidpConfig
+from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.dispatch.link import ControllerLink
 from sidp_sgl.scheduler.messages import RankState
 from sidp_sgl.scheduler.modes.lease_client import LeaseClient
@@ -59,39 +56,3 @@ class ControlPlane:
         """After one of the scheduler's iterations; nobody hears it but a controller of ours."""
         if self._own_dispatch:
             self.controller.publish(state, time.monotonic())
-
-    def status(self) -> dict[str, Any]:
-        """Mode and switches, for the `sidp` dictionary."""
-        modes = self.modes
-        return {
-            "mode": modes.policy.mode,
-            "batch_threshold": modes.threshold,
-            "mode_switches": modes.policy.switches,
-            "mode_switch_reasons": dict(modes.policy.reasons),
-            "iterations": dict(modes.steps),
-        }
-
-    def dispatch_status(self) -> dict[str, Any]:
-        """What the DP controller said last, the same on all ranks."""
-        method = OWN_DISPATCH if self._own_dispatch else "sglang"
-        return {"method": method, **structs.asdict(self.controller.update)}
-
-    def cas_counters(self) -> dict[str, Any]:
-        """Messages sent and answered; times in seconds."""
-        server, client, controller = self.lease_server, self.modes.leases, self.controller
-        negotiation = client.negotiation
-        outboxes = client.outbox, server.outbox, controller.outbox
-        inboxes = client.inbox, server.inbox, controller.inbox
-        return {
-            "requests": negotiation.requests,
-            "granted": negotiation.granted,
-            "declined": negotiation.declined,
-            "silent": client.silences,
-            "stale": negotiation.stale,
-            "declines_given": dict(server.declines),
-            "sent_messages": sum(outbox.sent for outbox in outboxes),
-            "dropped_messages": sum(outbox.dropped for outbox in outboxes),
-            "malformed_messages": sum(inbox.malformed for inbox in inboxes),
-            "negotiation_seconds": client.wait_seconds,
-            "service_share": self.share.share(time.monotonic()),
-        }

@@ -1,7 +1,7 @@
 """SiDP's flags on every SGLang command line, and the same as keywords of `sgl.Engine`.
 
-Room: sglang_hooks. The config rides on ServerArgs as `_sidp`, a plain dict: a private attribute
-survives the seal and the pickling into every process.
+The config rides on ServerArgs as `_sidp`, a plain dict: a private attribute survives the seal and
+the pickling into every process.
 """
 
 import argparse

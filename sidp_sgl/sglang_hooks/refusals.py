@@ -1,6 +1,6 @@
 """What --sidp does not work with yet: refused in one line, before anything is loaded.
 
-Room: sglang_hooks. One table of SGLang's flags, one list of run-time calls.
+One table of SGLang's flags, one list of run-time calls.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Applies hooks and makes sure of them: SGLang's registry swallows a missing target.
 
-Room: sglang_hooks. A process that did not get every hook it needs must not go on.
+A process that did not get every hook it needs must not go on.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,18 +22,21 @@ class Hook(NamedTuple):
     kind: HookType
 
 
-_applied: set[tuple[str, str]] = set()
+_applied: dict[tuple[str, HookType], str] = {}  # name of the function
 
 
 def apply(hooks: Iterable[Hook]) -> None:
-    """Apply `hooks`, each once per process; raises SidpError naming a target that is not there.
+    """Apply `hooks`, each once per process. Raises SidpError naming a target that is not there, and
+    ValueError for a second one of a kind at the same target: their order would be nobody's choice.
 
     Wraps whatever is at the target now, also what another plugin has put there
     (`HookRegistry.apply_hooks` would pass over such a target in silence).
     """
     for target, function, kind in hooks:
-        key = (target, f"{function.__module__}.{function.__qualname__}")
-        if key in _applied:
+        name = f"{function.__module__}.{function.__qualname__}"
+        if (present := _applied.get((target, kind))) is not None:
+            if present != name:
+                raise ValueError(f"{target} is hooked by both {present} and {name}")
             continue
         try:
             HookRegistry._apply_target(target, [(kind, function, None)])
@@ -43,7 +46,7 @@ def apply(hooks: Iterable[Hook]) -> None:
                 f"install sglang=={SUPPORTED_SGLANG}"
             ) from error
         HookRegistry._patched.add(target)
-        _applied.add(key)
+        _applied[target, kind] = name
 
 
 def check_version() -> None:

@@ -42,25 +42,24 @@ class Case(NamedTuple):
     model: Model
     dp_size: int
     placement: str
-    order: str
     slots: int | None
     pool: str
 
 
 LLAMA, QWEN2, QWEN3 = Model("llama", 8, False), Model("qwen2", 7, True), Model("qwen3", 8, True)
 CASES = [
-    Case(LLAMA, 2, "interleaved", "shifted", None, "ffn"),
-    Case(QWEN2, 3, "interleaved", "ticketed", None, "linear"),
+    Case(LLAMA, 2, "contiguous", None, "ffn"),
+    Case(QWEN2, 3, "interleaved", None, "linear"),
 ]
 THOROUGH = [
-    Case(LLAMA, 2, "interleaved", "sequential", 1, "ffn"),
-    Case(LLAMA, 3, "contiguous", "shifted", None, "linear"),
-    Case(QWEN2, 4, "interleaved", "ticketed", None, "linear"),
-    Case(QWEN3, 4, "interleaved", "shifted", None, "ffn"),
-    Case(QWEN2, 2, "contiguous", "ticketed", 4, "ffn"),
-    Case(LLAMA, 4, "contiguous", "ticketed", 3, "ffn"),
-    Case(QWEN3, 3, "interleaved", "ticketed", 1, "linear"),
-    Case(QWEN3, 2, "contiguous", "sequential", 2, "linear"),
+    Case(LLAMA, 2, "interleaved", 1, "ffn"),
+    Case(LLAMA, 3, "contiguous", None, "linear"),
+    Case(QWEN2, 4, "interleaved", None, "linear"),
+    Case(QWEN3, 4, "interleaved", None, "ffn"),
+    Case(QWEN2, 2, "contiguous", 4, "ffn"),
+    Case(LLAMA, 4, "contiguous", 3, "ffn"),
+    Case(QWEN3, 3, "interleaved", 1, "linear"),
+    Case(QWEN3, 2, "contiguous", 2, "linear"),
 ]
 
 
@@ -115,7 +114,6 @@ def pooled(request: Any, checkpoints: Path) -> Iterator[tuple[Case, Plain, Any]]
         sidp=True,
         sidp_mode="was",
         sidp_placement=case.placement,
-        sidp_prefetch_order=case.order,
         sidp_cache_slots=case.slots,
         sidp_pool=case.pool,
         **SETTINGS,
@@ -183,7 +181,6 @@ def planned_kv_tokens(plain: Plain, status: dict, kind: str) -> int:
         status["dp_size"],
         pool=status["pool"],
         slots=status["cache_slots"],
-        order=status["prefetch_order"],
         placement=status["placement"],
     )
     mode = "was" if status["staging_bytes"] == 0 else "auto"

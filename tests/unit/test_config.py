@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.config import MODES, PLACEMENTS, POOLS, PREFETCH_ORDERS, SidpConfig, flag_name
+from sidp_sgl.config import MODES, PLACEMENTS, POOLS, SidpConfig, flag_name
 from sidp_sgl.errors import SidpUsageError
 
 
@@ -29,7 +29,6 @@ def test_defaults() -> None:
         "sidp_batch_threshold": "auto",
         "sidp_placement": "interleaved",
         "sidp_cache_slots": None,
-        "sidp_prefetch_order": "ticketed",
         "sidp_link_gbps": None,
         "sidp_colocate": False,
         "group": "",
@@ -52,7 +51,6 @@ CHOICES = [
     ("sidp_pool", POOLS),
     ("sidp_mode", MODES),
     ("sidp_placement", PLACEMENTS),
-    ("sidp_prefetch_order", PREFETCH_ORDERS),
 ]
 
 
@@ -119,7 +117,6 @@ def test_the_switch_is_a_switch(value: Any) -> None:
         ("sidp_batch_threshold", "8"),
         ("sidp_placement", "contiguous"),
         ("sidp_cache_slots", 2),
-        ("sidp_prefetch_order", "shifted"),
         ("sidp_link_gbps", 1.0),
     ],
 )
@@ -132,7 +129,6 @@ def test_a_flag_without_sidp_is_refused(name: str, value: Any) -> None:
 @given(
     st.sampled_from(POOLS),
     st.sampled_from(PLACEMENTS),
-    st.sampled_from(PREFETCH_ORDERS),
     st.none() | st.integers(1, 1000),
     st.none() | st.floats(1e-6, 1e6),
     st.just("auto") | st.integers(1, 1000) | st.integers(1, 1000).map(str),
@@ -140,7 +136,6 @@ def test_a_flag_without_sidp_is_refused(name: str, value: Any) -> None:
 def test_valid_values_survive_the_way_into_other_processes(
     pool: str,
     placement: str,
-    order: str,
     slots: int | None,
     rate: float | None,
     threshold: int | str,
@@ -150,7 +145,6 @@ def test_valid_values_survive_the_way_into_other_processes(
             "sidp": True,
             "sidp_pool": pool,
             "sidp_placement": placement,
-            "sidp_prefetch_order": order,
             "sidp_cache_slots": slots,
             "sidp_link_gbps": rate,
             "sidp_batch_threshold": threshold,

@@ -1,7 +1,7 @@
 """The pretended device memory of a CPU rank: SIDP_CPU_DEVICE_MEMORY, or a share of the machine's.
 
-Room: sglang_hooks. What counts as used is what would lie on a device: weights, buffers, pooled
-blocks and slots; so KV capacity is exact and the same on any machine.
+What counts as used is what would lie on a device: weights, buffers, pooled blocks and slots; so KV
+capacity is exact and the same on any machine.
 """
 
 import os

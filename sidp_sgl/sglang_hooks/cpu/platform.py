@@ -1,7 +1,7 @@
 """An SGLang platform for machines without an accelerator: plain PyTorch kernels, no sgl_kernel.
 
-Room: sglang_hooks. `activate()` wins only where no accelerator is present and SGLang's own CPU
-engine was not asked for (`SGLANG_USE_CPU_ENGINE=1`), so it never displaces CUDA.
+`activate()` wins only where no accelerator is present and SGLang's own CPU engine was not asked for
+(`SGLANG_USE_CPU_ENGINE=1`), so it never displaces CUDA.
 """
 
 import os
@@ -11,9 +11,11 @@ import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+from sglang.srt.plugins.hook_registry import HookType
 
 from sidp_sgl.sglang_hooks.cpu import cores as cpu_cores
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
+from sidp_sgl.sglang_hooks.required import Hook
 
 QUALIFIED_NAME = f"{__name__}.SidpCpuPlatform"
 DEFAULT_MEM_FRACTION_STATIC = 0.9
@@ -68,3 +70,13 @@ class SidpCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.mem_fraction_static is None:
             server_args.mem_fraction_static = DEFAULT_MEM_FRACTION_STATIC
         cpu_cores.divide_cores(server_args.dp_size * server_args.tp_size * server_args.pp_size)
+
+
+def _available_memory(original: Any, device: str, *args: Any, **kwargs: Any) -> float:
+    """SGLang asks the machine for device `cpu`, and the platform for any it does not know."""
+    return original(SidpCpuPlatform.device_name if device == "cpu" else device, *args, **kwargs)
+
+
+MEMORY_HOOK = Hook(
+    "sglang.srt.utils.common.get_available_gpu_memory", _available_memory, HookType.AROUND
+)

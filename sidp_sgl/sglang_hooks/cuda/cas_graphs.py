@@ -1,7 +1,7 @@
 """CaS steps in CUDA graphs: what lies between two calls is a graph, each call is the host's.
 
-Room: sglang_hooks. SGLang's breakable graphs split the step; the waits for owners stay those of an
-eager step, bounded, and an owner that falls silent costs what it costs there.
+SGLang's breakable graphs split the step; the waits for owners stay those of an eager step, bounded,
+and an owner that falls silent costs what it costs there.
 """
 
 from collections.abc import Callable

@@ -1,36 +1,22 @@
 """All ranks on one GPU, each with an equal part of its memory (`--sidp-colocate`): for work on the
 CUDA transport where there is one GPU.
-
-Room: sglang_hooks.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from sglang.srt.plugins.hook_registry import HookType
-
-from sidp_sgl.sglang_hooks.required import Hook
 
 # What a process takes beside PyTorch's allocator: context, loaded kernels, library workspaces.
 CONTEXT_BYTES = 1 << 30
 
 
-def _launch_on_first_gpu(
+def launch_on_first_gpu(
     original: Any, controller: Any, server_args: Any, port_args: Any, base_gpu_id: int,
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
+    """`DataParallelController.launch_tensor_parallel_group`."""
     return original(controller, server_args, port_args, 0, *args, **kwargs)
-
-
-CONTROLLER_HOOKS = [
-    Hook(
-        "sglang.srt.managers.data_parallel_controller.DataParallelController."
-        "launch_tensor_parallel_group",
-        _launch_on_first_gpu,
-        HookType.AROUND,
-    )
-]
 
 
 def divide_memory(num_ranks: int, pool_bytes: Callable[[], int]) -> None:

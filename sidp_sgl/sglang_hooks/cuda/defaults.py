@@ -1,6 +1,6 @@
 """Settings that --sidp changes on GPUs where the user has set none.
 
-Room: sglang_hooks. What the user gave stays, and is refused elsewhere where it can't work.
+What the user gave stays, and is refused elsewhere where it can't work.
 """
 
 from typing import Any

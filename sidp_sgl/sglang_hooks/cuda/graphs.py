@@ -1,8 +1,7 @@
 """SGLang's decode CUDA graphs with --sidp: one set of graphs per mode, chosen per step.
 
 A WaS step's fetches are captured with it; a CaS step is captured in parts (`cas_graphs.py`).
-
-Room: sglang_hooks. Only decode's "full" graphs are known; `refusals.py` keeps the others away.
+Only decode's "full" graphs are known; `refusals.py` keeps the others away.
 """
 
 from collections.abc import Callable

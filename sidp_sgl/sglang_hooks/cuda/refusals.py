@@ -1,7 +1,4 @@
-"""Which devices --sidp runs on, and with which CUDA graphs.
-
-Room: sglang_hooks.
-"""
+"""Which devices --sidp runs on, and with which CUDA graphs."""
 
 import os
 from typing import Any
@@ -10,7 +7,6 @@ from sidp_sgl.config import SidpConfig
 from sidp_sgl.errors import SidpUsageError
 
 UNVERIFIED = "SIDP_CUDA_UNVERIFIED"  # lets --sidp run on GPUs before that was verified
-
 ONE_DEVICE = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
 
 

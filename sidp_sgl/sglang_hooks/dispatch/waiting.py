@@ -15,11 +15,9 @@ from sglang.srt.managers.io_struct import (
     sock_send,
 )
 from sglang.srt.managers.utils import is_health_check_generate_req
-from sglang.srt.plugins.hook_registry import HookType
 
 from sidp_sgl.scheduler.bus import returns_address
 from sidp_sgl.scheduler.dispatch.link import ControllerLink
-from sidp_sgl.sglang_hooks.required import Hook
 
 _BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
 _REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
@@ -46,12 +44,8 @@ class WaitingRequests:
         self._returns.set(zmq.LINGER, 0)
         self._returns.connect(returns_address(directory))
 
-    def hook(self) -> Hook:
-        """To be applied before the hook that publishes the rank's state."""
-        scheduler = "sglang.srt.managers.scheduler.Scheduler"
-        return Hook(f"{scheduler}.ingest_requests", self._after_ingest, HookType.AFTER)
-
-    def _after_ingest(self, messages: list[Any], scheduler: Any, *_: Any, **__: Any) -> list[Any]:
+    def take(self, messages: list[Any], scheduler: Any) -> None:
+        """`messages` have come from the DP controller, and lie in the scheduler's queue."""
         for message in messages:
             for request in requests_in(message):
                 self.received += 1
@@ -63,7 +57,6 @@ class WaitingRequests:
         if len(self._originals) > 2 * len(queue) + 64:
             waiting = {request.rid for request in queue}
             self._originals = {k: v for k, v in self._originals.items() if k in waiting}
-        return messages
 
     def _give_back(self, scheduler: Any, wanted: int) -> None:
         """Up to `wanted` requests, the latest first."""

@@ -1,8 +1,8 @@
 """Starting and ending an engine with --sidp in its main process, so that no failure hangs it.
 
-Room: sglang_hooks. Plain SGLang waits for ever for a rank that was killed, and kills the user's
-process when one raises. With --sidp a `Guard` sees every process of the engine, from before the
-first until after the last; the hooks here make and close it.
+Plain SGLang waits for ever for a rank that was killed, and kills the user's process when one
+raises. With --sidp a `Guard` sees every process of the engine, from before the first until after
+the last; the hooks here make and close it.
 """
 
 import logging

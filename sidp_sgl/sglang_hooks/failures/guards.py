@@ -1,6 +1,6 @@
 """The guards of this process's engines with --sidp, found by what SGLang passes around.
 
-Room: sglang_hooks. Engines without --sidp have none, which makes every hook here inert for them.
+Engines without --sidp have none, which makes every hook here inert for them.
 """
 
 import contextvars

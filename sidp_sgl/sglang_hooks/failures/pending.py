@@ -1,7 +1,7 @@
 """Requests and control calls of an engine with --sidp end with an error when the engine fails.
 
-Room: sglang_hooks. All of them wait in coroutines of the main process; the guard cancels what
-waits, and here the cancellation becomes the exception that the caller understands.
+All of them wait in coroutines of the main process; the guard cancels what waits, and here the
+cancellation becomes the exception that the caller understands.
 """
 
 from collections.abc import AsyncIterator

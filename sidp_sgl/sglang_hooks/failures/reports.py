@@ -1,27 +1,21 @@
 """What an engine's other processes report to its main process: pools, errors, exits.
 
-An error that the main process knows of needs no traceback in the log when it
-is SiDP's own; of any other the traceback is logged first.
+An error that the main process knows of needs no traceback in the log when it is SiDP's own; of any
+other the traceback is logged first.
 """
 
+import inspect
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
 from sidp_sgl.errors import SidpError
 from sidp_sgl.scheduler.lifecycle.liveness import Exited, Lifeline, Pooled, give_up, watch_process
-from sidp_sgl.scheduler.lifecycle.spawning import DIRECTORY
 from sidp_sgl.scheduler.member import Member
-from sidp_sgl.sglang_hooks.failures import sockets
-from sidp_sgl.sglang_hooks.required import Hook
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +34,6 @@ class RankReports:
     def __init__(self, group: str, member: Member) -> None:
         self._group = group
         self._member = member
-        self._is_pooled: Callable[[], bool] = lambda: False
         self._lifeline = join(group)
 
     @contextmanager
@@ -53,41 +46,9 @@ class RankReports:
                 logger.exception("%s fails", self._member)
             give_up(self._group, self._member, error)
 
-    def hooks(self, is_pooled: Callable[[], bool]) -> list[Hook]:
-        """`is_pooled`: whether the rank's pool is active; asked once the scheduler is made."""
-        self._is_pooled = is_pooled
-        scheduler = "sglang.srt.managers.scheduler.Scheduler"
-        return [
-            Hook(f"{scheduler}.__init__", self._init, HookType.AROUND),
-            Hook(f"{scheduler}.run_event_loop", self._run_event_loop, HookType.AROUND),
-        ]
-
-    def _init(self, original: Any, *args: Any, **kwargs: Any) -> None:
-        with self.errors():
-            original(*args, **kwargs)
-            if not self._is_pooled():
-                raise SidpError("--sidp: SGLang has loaded the model past the weight pool")
-            self._lifeline.send(Pooled(self._member))
-
-    def _run_event_loop(self, original: Any, *args: Any, **kwargs: Any) -> None:
-        with self.errors():
-            original(*args, **kwargs)
-
-
-class _WatchedProcesses(list[BaseProcess]):
-    """The controller's list of rank processes: each is watched from the moment it is listed."""
-
-    def __init__(self, lifeline: Lifeline) -> None:
-        super().__init__()
-        self._lifeline = lifeline
-
-    def append(self, process: BaseProcess) -> None:
-        super().append(process)
-        member = next(_launching.members)
-        watch_process(process, lambda pid, code: self._lifeline.send(Exited(member, pid, code)))
-
-
-_launching = threading.local()  # the controller launches every rank in a thread of its own
+    def pooled(self) -> None:
+        """The rank has started, and its pool is active."""
+        self._lifeline.send(Pooled(self._member))
 
 
 class ControllerReports:
@@ -95,24 +56,11 @@ class ControllerReports:
 
     def __init__(self, group: str) -> None:
         self._lifeline = join(group)
-        sockets.place(group, Path(os.environ[DIRECTORY]))
 
-    def hooks(self) -> list[Hook]:
-        controller = "sglang.srt.managers.data_parallel_controller.DataParallelController"
-        return [
-            sockets.HOOK,
-            Hook(f"{controller}.launch_dp_schedulers", self._launch_all, HookType.AROUND),
-            Hook(f"{controller}.launch_tensor_parallel_group", self._launch, HookType.AROUND),
-        ]
-
-    def _launch_all(self, original: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
-        controller.scheduler_procs = _WatchedProcesses(self._lifeline)
-        original(controller, *args, **kwargs)
-
-    def _launch(
-        self, original: Any, controller: Any, server_args: Any, port_args: Any, base_gpu_id: int,
-        dp_rank: int, *args: Any, **kwargs: Any,
-    ) -> None:  # fmt: skip
-        tp_size = get_parallel().tp_size
-        _launching.members = (Member(dp_rank, n, tp_size) for n in range(tp_size))
-        original(controller, server_args, port_args, base_gpu_id, dp_rank, *args, **kwargs)
+    def start(self, original: Any, process: Any) -> None:
+        """`Process.start`: a rank is watched from the moment it exists. SGLang keeps a list of the
+        ranks' processes, but not of whose they are, and waits for their pools before it goes on."""
+        arguments = inspect.signature(process._target).bind(*process._args).arguments
+        original(process)  # which forgets target and arguments
+        member = Member(arguments["dp_rank"], arguments["tp_rank"], get_parallel().tp_size)
+        watch_process(process, lambda pid, code: self._lifeline.send(Exited(member, pid, code)))

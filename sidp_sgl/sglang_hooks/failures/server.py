@@ -1,7 +1,4 @@
-"""The HTTP server of a failed engine answers what is pending, then ends with exit code 1.
-
-Room: sglang_hooks.
-"""
+"""The HTTP server of a failed engine answers what is pending, then ends with exit code 1."""
 
 import os
 import time

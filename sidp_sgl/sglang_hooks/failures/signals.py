@@ -1,7 +1,7 @@
 """Keeps SGLang from killing the user's process over a child of the engine, and from going deaf.
 
-Room: sglang_hooks. Where SGLang would kill its own process, the engine fails instead, and its
-callers get an exception; SIGTERM does to a script with an engine what the script says.
+Where SGLang would kill its own process, the engine fails instead, and its callers get an exception;
+SIGTERM does to a script with an engine what the script says.
 """
 
 import os

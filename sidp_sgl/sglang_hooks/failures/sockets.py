@@ -1,6 +1,6 @@
 """Puts the sockets and segments of an engine with --sidp where its janitor finds them.
 
-Room: sglang_hooks. Used by the main process and by the DP controller, which both make PortArgs.
+Used by the main process and by the DP controller, which both make PortArgs.
 """
 
 import os

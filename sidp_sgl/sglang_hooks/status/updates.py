@@ -1,7 +1,4 @@
-"""What SGLang's `set_internal_state` may change of a running rank: the batch threshold.
-
-Room: sglang_hooks.
-"""
+"""What SGLang's `set_internal_state` may change of a running rank: the batch threshold."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """Measures, once at start, what the mode policy begins with: fetch time and step times.
 
-Room: sglang_hooks. The steps are SGLang's own dummy decode steps, with weights that happen to lie
-in the slots: their values don't matter, their times do.
+The steps are SGLang's own dummy decode steps, with weights that happen to lie in the slots: their
+values don't matter, their times do.
 """
 
 import logging

@@ -1,6 +1,7 @@
 """One rank's part in CaS put together: its calls to owners, and its service to requesters."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sidp_sgl.weightpool.cas.mailbox import Mailbox
@@ -36,15 +37,5 @@ def no_counters() -> dict[str, Any]:
 
 
 def _as_dict(requester: RequesterCounters, service: ServiceCounters) -> dict[str, Any]:
-    return {
-        "calls": requester.calls,
-        "rows_sent": requester.rows_sent,
-        "fallbacks": requester.fallbacks,
-        "wait_seconds": requester.wait_seconds,
-        "replays": requester.replays,
-        "rows_served": service.rows_served,
-        "gemms": service.gemms,
-        "fused_gemms": service.fused_gemms,
-        "failed": service.failed,
-        "busy_seconds": service.busy_seconds,
-    }
+    """`calls` are those sent."""
+    return {**asdict(service), **asdict(requester)}

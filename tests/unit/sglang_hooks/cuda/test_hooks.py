@@ -89,7 +89,7 @@ def test_warm_ups_and_capture_are_steps_and_a_replay_is_announced() -> None:
 
 def test_every_hook_has_its_place_in_sglang() -> None:
     hooks = GraphHooks(Pool(), UnitExecution(Pool())).hooks()  # type: ignore[arg-type]
-    for target, _, _ in [*hooks, *colocation.CONTROLLER_HOOKS]:
+    for target, _, _ in hooks:
         assert callable(pkgutil.resolve_name(target))
 
 
@@ -97,8 +97,9 @@ def test_colocated_ranks_start_on_the_first_gpu_and_divide_its_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     launched: list[Any] = []
-    launch = colocation.CONTROLLER_HOOKS[0].function
-    launch(lambda *args: launched.append(args), "controller", "args", "ports", 3, 3)
+    colocation.launch_on_first_gpu(
+        lambda *args: launched.append(args), "controller", "args", "ports", 3, 3
+    )
     assert launched == [("controller", "args", "ports", 0, 3)]
     gib = 1 << 30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (5 * gib, 140 * gib))

@@ -1,28 +1,41 @@
-"""Metrics: where their values come from, counters that only grow, the dashboard's queries."""
+"""Metrics in prometheus_client's registry: counters only grow, steps carry their mode."""
 
-import json
-import re
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
-from sidp_sgl.scheduler.metrics import COUNTER, METRICS, PREFIX, value_of
-from sidp_sgl.sglang_hooks.status.metrics import MetricsHooks
+from sidp_sgl.scheduler.status import PREFIX
+from sidp_sgl.sglang_hooks.status import metrics as metrics_module
+from sidp_sgl.sglang_hooks.status.metrics import Metrics
+from tests.support.statuses import make_status, status_dict
 
-ROOT = Path(__file__).parents[4]
-DASHBOARD = ROOT / "examples" / "monitoring" / "sidp-dashboard.json"
 LABELS = {"model_name": "test_metrics", "dp_rank": 1}
 
 
-def status(**was: Any) -> dict[str, Any]:
-    return {"mode": "cas", "batch_threshold": None, "owned_layers": [1, 3], "was": was}
+class Now:
+    seconds = 100.0
+    asked = 0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def status(self) -> Any:
+        self.asked += 1
+        return make_status(cache_slots=self.asked)
 
 
 @pytest.fixture
-def hooks():
-    made = MetricsHooks(lambda _: {})
+def now(monkeypatch: pytest.MonkeyPatch) -> Now:
+    made = Now()
+    monkeypatch.setattr(metrics_module, "time", made)
+    return made
+
+
+@pytest.fixture
+def metrics(now: Now) -> Iterator[Metrics]:
+    made = Metrics(now.status)
     yield made
     for family in made._families.values():
         REGISTRY.unregister(family)
@@ -33,46 +46,22 @@ def sample(name: str, **labels: Any) -> float | None:
     return REGISTRY.get_sample_value(PREFIX + name, texts)
 
 
-def test_every_series_has_its_own_name_and_a_meaning() -> None:
-    series = [(metric.series, metric.labels) for metric in METRICS]
-    assert len(set(series)) == len(METRICS)
-    assert all(metric.meaning.endswith(".") for metric in METRICS)
-
-
-def test_values_come_from_the_status() -> None:
-    values = {metric.name.removeprefix(PREFIX): value_of(metric, status()) for metric in METRICS}
-    assert values["mode"] == 1 and values["owned_layers"] == 2
-    assert values["batch_threshold"] is None, "not known yet"
-    assert values["cas_calls"] is None, "no compute service"
-
-
-def test_counters_move_by_what_came_since(hooks: MetricsHooks) -> None:
+def test_counters_move_by_what_came_since(metrics: Metrics) -> None:
     for number in (5, 5, 12):
-        hooks.publish(status(fetches=number), LABELS)
+        metrics.publish(status_dict(was={"fetches": number}, owned_layers=[1, 3]), LABELS)
         assert sample("was_fetches_total") == number
     assert sample("owned_layers") == 2
     assert sample("batch_threshold") is None
 
 
-def test_steps_carry_their_mode(hooks: MetricsHooks) -> None:
-    hooks.publish({**status(), "iterations": {"was": 3, "cas": 4}}, LABELS)
+def test_steps_carry_their_mode(metrics: Metrics) -> None:
+    metrics.publish(status_dict(iterations={"was": 3, "cas": 4}), LABELS)
     assert sample("iterations_total", mode="was") == 3
     assert sample("iterations_total", mode="cas") == 4
 
 
-def test_dashboard_shows_metrics_that_exist() -> None:
-    dashboard = json.loads(DASHBOARD.read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    used = set(re.findall(r"sglang:sidp_\w+", " ".join(queries)))
-    series = {metric.series: metric.kind for metric in METRICS}
-    assert used and used <= series.keys()
-    for query in queries:  # a counter's rate, a gauge's value
-        rated = set(re.findall(r"(?:rate|increase)\((sglang:sidp_\w+)", query))
-        counters = {n for n in re.findall(r"sglang:sidp_\w+", query) if series[n] == COUNTER}
-        assert rated == counters, query
-
-
-def test_metrics_are_documented() -> None:
-    page = (ROOT / "docs" / "metrics.md").read_text()
-    for metric in METRICS:
-        assert f"`{metric.series}`" in page and metric.meaning.rstrip(".") in page, metric.series
+def test_the_status_is_asked_for_once_a_second(metrics: Metrics, now: Now) -> None:
+    for at, slots in ((100.0, 1), (100.9, 1), (101.0, 2)):
+        now.seconds = at
+        metrics.publish_each_second(LABELS)
+        assert sample("cache_slots") == slots

@@ -11,7 +11,6 @@ from typing import Any
 
 import zmq
 from sglang.srt.managers.io_struct import AbortReq, sock_recv, sock_send
-from sglang.srt.plugins.hook_registry import HookType
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.dispatch.policy import Dispatcher
@@ -19,15 +18,13 @@ from sidp_sgl.scheduler.dispatch.prompts import prompt_key
 from sidp_sgl.scheduler.dispatch.window import Queued
 from sidp_sgl.scheduler.messages import DispatchUpdate, RankState, Recall
 from sidp_sgl.sglang_hooks.dispatch.waiting import requests_in
-from sidp_sgl.sglang_hooks.required import Hook
 
 _POLL_MILLISECONDS = 1000
 _UPDATE_SECONDS = 0.2
 _REMEMBERED = 10_000  # latest aborts; latest requests that went to ranks
-_CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 
 
-class ControllerDispatch:
+class DispatchLoop:
     """In the DP controller process. `num_ranks`: of the group."""
 
     def __init__(self, directory: Path, num_ranks: int) -> None:
@@ -43,10 +40,8 @@ class ControllerDispatch:
         self._updated_at = 0.0
         self._update = DispatchUpdate(0, 0, 0)
 
-    def hook(self) -> Hook:
-        return Hook(f"{_CONTROLLER}.event_loop", self._event_loop, HookType.AROUND)
-
-    def _event_loop(self, original: Any, controller: Any) -> None:
+    def event_loop(self, original: Any, controller: Any) -> None:
+        """Instead of `DataParallelController.event_loop`."""
         poller = zmq.Poller()
         for socket in (controller.recv_from_tokenizer, self._states.socket, self._returns):
             poller.register(socket, zmq.POLLIN)

@@ -13,8 +13,8 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.messages import RankState
-from sidp_sgl.sglang_hooks.dispatch import controller as hooks
-from sidp_sgl.sglang_hooks.dispatch.controller import ControllerDispatch
+from sidp_sgl.sglang_hooks.dispatch import event_loop as hooks
+from sidp_sgl.sglang_hooks.dispatch.event_loop import DispatchLoop
 from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
 
 
@@ -62,22 +62,22 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
 
 
 @pytest.fixture
-def dispatch(tmp_path: Path) -> ControllerDispatch:
-    return ControllerDispatch(tmp_path, 2)
+def dispatch(tmp_path: Path) -> DispatchLoop:
+    return DispatchLoop(tmp_path, 2)
 
 
 def state(rank: int, headroom: int, received: int = 0) -> RankState:
     return RankState(rank, 0, 0, received, 8, 1000, headroom)
 
 
-def assigned(dispatch: ControllerDispatch, controller: Controller) -> list[tuple[Any, str]]:
+def assigned(dispatch: DispatchLoop, controller: Controller) -> list[tuple[Any, str]]:
     for rank, queued in dispatch.dispatcher.assign():
         dispatch._send(controller, rank, queued)
     return controller.log
 
 
 def test_a_request_waits_until_a_rank_has_room(
-    dispatch: ControllerDispatch, controller: Controller
+    dispatch: DispatchLoop, controller: Controller
 ) -> None:
     for number in range(6):
         dispatch._on_message(controller, request(f"r{number}"))
@@ -89,7 +89,7 @@ def test_a_request_waits_until_a_rank_has_room(
 
 
 def test_a_request_for_a_rank_goes_there_at_once(
-    dispatch: ControllerDispatch, controller: Controller
+    dispatch: DispatchLoop, controller: Controller
 ) -> None:
     for number in range(4):
         dispatch._on_message(controller, request(f"r{number}", rank=1))
@@ -98,7 +98,7 @@ def test_a_request_for_a_rank_goes_there_at_once(
 
 
 def test_what_is_aborted_in_the_window_goes_to_a_rank_before_its_abort(
-    dispatch: ControllerDispatch, controller: Controller
+    dispatch: DispatchLoop, controller: Controller
 ) -> None:
     for name in ("stays", "goes"):
         dispatch._on_message(controller, request(name))
@@ -108,7 +108,7 @@ def test_what_is_aborted_in_the_window_goes_to_a_rank_before_its_abort(
     assert [queued.payload.rid for queued in dispatch.dispatcher.window] == ["stays"]
 
 
-def test_all_are_aborted(dispatch: ControllerDispatch, controller: Controller) -> None:
+def test_all_are_aborted(dispatch: DispatchLoop, controller: Controller) -> None:
     for number in range(3):
         dispatch._on_message(controller, request(f"r{number}"))
     dispatch._on_message(controller, AbortReq(rid="", abort_all=True))
@@ -141,7 +141,7 @@ def waiting_requests(directory: Path) -> tuple[WaitingRequests, list[int]]:
     return WaitingRequests(1, link, directory), recalls  # type: ignore[arg-type]
 
 
-def send(dispatch: ControllerDispatch, controller: Controller, each: Any) -> None:
+def send(dispatch: DispatchLoop, controller: Controller, each: Any) -> None:
     """To rank 1."""
     queued = dispatch._queued(each)
     dispatch.dispatcher.send(1, queued)
@@ -149,7 +149,7 @@ def send(dispatch: ControllerDispatch, controller: Controller, each: Any) -> Non
 
 
 def test_a_rank_gives_back_the_latest_that_have_not_begun(
-    dispatch: ControllerDispatch, controller: Controller, tmp_path: Path
+    dispatch: DispatchLoop, controller: Controller, tmp_path: Path
 ) -> None:
     rank, recalls = waiting_requests(tmp_path)
     names = ["first", "second", "wanted here", "third", "begun"]
@@ -157,11 +157,11 @@ def test_a_rank_gives_back_the_latest_that_have_not_begun(
     for each in sent:
         send(dispatch, controller, each)
     scheduler = straw_scheduler(names)
-    rank._after_ingest(sent, scheduler)
+    rank.take(sent, scheduler)
     assert rank.received == 5
     dispatch._on_message(controller, AbortReq(rid="second"))  # it reaches no one that has it
     recalls.append(2)
-    rank._after_ingest([], scheduler)
+    rank.take([], scheduler)
     assert [each.rid for each in scheduler.waiting_queue] == ["first", "wanted here", "begun"]
     assert [each.rid for each in scheduler.released] == ["third", "second"]
     assert rank.received == 3 and not recalls
@@ -176,7 +176,7 @@ def test_a_rank_gives_back_the_latest_that_have_not_begun(
 
 
 def test_an_abort_means_nobody_who_comes_later(
-    dispatch: ControllerDispatch, controller: Controller, tmp_path: Path
+    dispatch: DispatchLoop, controller: Controller, tmp_path: Path
 ) -> None:
     """SGLang takes the id of an abort as a prefix: what has come since begins alike."""
     dispatch._on_message(controller, AbortReq(rid="soak-9"))
@@ -184,9 +184,9 @@ def test_an_abort_means_nobody_who_comes_later(
     rank, recalls = waiting_requests(tmp_path)
     late = request("soak-90")
     send(dispatch, controller, late)
-    rank._after_ingest([late], straw_scheduler([]))
+    rank.take([late], straw_scheduler([]))
     recalls.append(1)
-    rank._after_ingest([], straw_scheduler(["soak-90"]))
+    rank.take([], straw_scheduler(["soak-90"]))
     assert dispatch._returns.poll(2000, zmq.POLLIN)
     controller.log.clear()
     dispatch._take_returns(controller)
@@ -194,7 +194,7 @@ def test_an_abort_means_nobody_who_comes_later(
     assert controller.log == []
 
 
-def test_the_ranks_hear_what_was_dispatched(dispatch: ControllerDispatch, tmp_path: Path) -> None:
+def test_the_ranks_hear_what_was_dispatched(dispatch: DispatchLoop, tmp_path: Path) -> None:
     inbox = bus.Inbox(bus.dispatch_address(tmp_path, 0))
     dispatch.dispatcher.window.add(dispatch._queued(request("waits")))
     assert dispatch._publish()
@@ -203,7 +203,7 @@ def test_the_ranks_hear_what_was_dispatched(dispatch: ControllerDispatch, tmp_pa
     inbox.close()
 
 
-def test_health_checks_pass_by(dispatch: ControllerDispatch, controller: Controller) -> None:
+def test_health_checks_pass_by(dispatch: DispatchLoop, controller: Controller) -> None:
     check = request(f"{HEALTH_CHECK_RID_PREFIX}-1")
     dispatch._on_message(controller, check)
     assert controller.log == [("all", "TokenizedGenerateReqInput")]

@@ -1,24 +1,16 @@
-"""Every step of the scheduler as SiDP sees it: its mode before, its cost after, its state to all.
-
-Room: sglang_hooks.
-"""
+"""Every step of a rank as SiDP sees it: its mode before, its cost after, its state to others."""
 
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sglang.srt.plugins.hook_registry import HookType
-
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.messages import RankState
 from sidp_sgl.scheduler.modes.policy import CAS, WAS
-from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.step.calibration import calibrate
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.pool import WeightPool
-
-_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 
 class _Begun(NamedTuple):
@@ -30,8 +22,8 @@ class _Begun(NamedTuple):
     stall: float
 
 
-class ModeHooks:
-    """In a rank's scheduler. `received()`: requests that the DP controller has sent so far."""
+class RankSteps:
+    """`received()`: requests that the DP controller has sent so far."""
 
     def __init__(
         self,
@@ -47,18 +39,12 @@ class ModeHooks:
         self._execution = execution
         self._last: _Begun | None = None
 
-    def hooks(self) -> list[Hook]:
-        return [
-            Hook(f"{_SCHEDULER}.__init__", self._calibrate, HookType.AFTER),
-            Hook(f"{_SCHEDULER}.run_batch", self._run_batch, HookType.AROUND),
-            Hook(f"{_SCHEDULER}.ingest_requests", self._publish, HookType.AFTER),
-        ]
-
-    def _calibrate(self, _: Any, scheduler: Any, *__: Any, **___: Any) -> None:
+    def calibrate(self, scheduler: Any) -> None:
+        """Measure what the mode policy begins with, where there is a choice of modes."""
         if self._execution.requester is not None:
             self._modes.times = calibrate(scheduler, self._pool, self._execution, ROWS_PER_RANK)
 
-    def _run_batch(self, original: Any, scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
+    def run_batch(self, original: Any, scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
         now = time.perf_counter()
         is_decode = batch.forward_mode.is_decode()
         self._observe(now, is_next=is_decode and not scheduler._sched_idled)
@@ -95,7 +81,8 @@ class ModeHooks:
         stall = self._stall_seconds() - last.stall
         self._modes.observe(last.mode, last.batch_size, seconds, stall)
 
-    def _publish(self, result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
+    def publish(self, scheduler: Any) -> None:
+        """Tell the DP controller how this rank is."""
         running = len(scheduler.running_batch.reqs)
         stats = scheduler.pool_stats_observer.get_pool_stats()
         state = RankState(
@@ -111,7 +98,6 @@ class ModeHooks:
         if not running:
             self._modes.leases.release()
         self._control.publish(state)
-        return result
 
 
 def _being_prefilled(scheduler: Any) -> int:

@@ -10,8 +10,8 @@ from sidp_sgl.scheduler.messages import RankState
 from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.step_modes import StepModes
 from sidp_sgl.scheduler.modes.times import StepTimes
-from sidp_sgl.sglang_hooks.step import modes as modes_module
-from sidp_sgl.sglang_hooks.step.modes import ModeHooks
+from sidp_sgl.sglang_hooks.step import rank_steps
+from sidp_sgl.sglang_hooks.step.rank_steps import RankSteps
 
 LEASES = {0: 8, 2: 0}
 
@@ -28,7 +28,7 @@ class Times(StepTimes):
 
 
 class Rank:
-    """One rank's hooks, and all that happens around them; `events` in the order they came."""
+    """One rank's steps, and all that happens around them; `events` in the order they came."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, has_remote: bool = True) -> None:
         self.now = 100.0
@@ -48,7 +48,7 @@ class Rank:
             end_step=lambda: self.events.append("end"),
         )
         execution = SimpleNamespace(remote=self.remote if has_remote else None)
-        self.hooks = ModeHooks(self.control, pool, execution)  # type: ignore[arg-type]
+        self.steps = RankSteps(self.control, pool, execution)  # type: ignore[arg-type]
         self.scheduler = SimpleNamespace(
             _sched_idled=False,
             running_batch=SimpleNamespace(reqs=[]),
@@ -63,7 +63,7 @@ class Rank:
             ),
         )
         clock = SimpleNamespace(perf_counter=lambda: self.now)
-        monkeypatch.setattr(modes_module, "time", clock)
+        monkeypatch.setattr(rank_steps, "time", clock)
 
     # As the modes see the lease client.
 
@@ -95,7 +95,7 @@ class Rank:
             forward_mode=SimpleNamespace(is_decode=lambda: is_decode),
             batch_size=lambda: batch_size,
         )
-        result = self.hooks._run_batch(forward, self.scheduler, self.batch, "proxy", last=2)
+        result = self.steps.run_batch(forward, self.scheduler, self.batch, "proxy", last=2)
         self.scheduler._sched_idled = False
         return result
 
@@ -154,7 +154,7 @@ def test_a_step_that_raises_ends_its_calls(rank: Rank) -> None:
         forward_mode=SimpleNamespace(is_decode=lambda: True), batch_size=lambda: 4
     )
     with pytest.raises(RuntimeError, match="out of memory"):
-        rank.hooks._run_batch(forward, rank.scheduler, batch)
+        rank.steps.run_batch(forward, rank.scheduler, batch)
     assert rank.events == [("leases", 4), ("begin", LEASES, 4), "forward", "end"]
 
 
@@ -196,17 +196,17 @@ def test_steps_go_on_where_nothing_was_measured(rank: Rank) -> None:
 def test_the_state_is_published_with_the_schedulers_figures(rank: Rank) -> None:
     rank.scheduler.running_batch.reqs = [object()] * 3
     rank.scheduler.waiting_queue = [object()] * 2
-    assert rank.hooks._publish("requests", rank.scheduler) == "requests", "SGLang's own result"
+    rank.steps.publish(rank.scheduler)
     assert rank.events == [("publish", RankState(1, 3, 2, 0, 64, 1600, 800))]
     assert rank.control.own_batch_size == 3
 
 
 def test_leases_are_given_back_when_nothing_runs_any_more(rank: Rank) -> None:
     rank.scheduler.running_batch.reqs = [object()]
-    rank.hooks._publish(None, rank.scheduler)
+    rank.steps.publish(rank.scheduler)
     assert "release" not in rank.events
     rank.scheduler.running_batch.reqs = []
-    rank.hooks._publish(None, rank.scheduler)
+    rank.steps.publish(rank.scheduler)
     assert "release" in rank.events
     assert rank.control.own_batch_size == 0
 
@@ -218,6 +218,6 @@ def test_step_times_are_measured_where_rows_can_be_sent(
     rank = Rank(monkeypatch, has_remote=has_remote)
     rank.modes.times = None
     measured = Times()
-    monkeypatch.setattr(modes_module, "calibrate", lambda *_: measured)
-    rank.hooks._calibrate(None, rank.scheduler, "server args", port_args=None)
+    monkeypatch.setattr(rank_steps, "calibrate", lambda *_: measured)
+    rank.steps.calibrate(rank.scheduler)
     assert rank.modes.times is (measured if has_remote else None)

@@ -1,0 +1,63 @@
+"""What SiDP does at each place of SGLang's `Scheduler`, in the order in which it happens."""
+
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sidp_sgl.errors import SidpError
+from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
+from sidp_sgl.sglang_hooks.failures.reports import RankReports
+from sidp_sgl.sglang_hooks.required import Hook
+from sidp_sgl.sglang_hooks.status.metrics import Metrics
+from sidp_sgl.sglang_hooks.step.rank_steps import RankSteps
+from sidp_sgl.weightpool.pool import WeightPool
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+
+class SchedulerHooks:
+    """`metrics`: None without --enable-metrics."""
+
+    def __init__(
+        self,
+        reports: RankReports,
+        pool: WeightPool,
+        waiting: WaitingRequests,
+        steps: RankSteps,
+        metrics: Metrics | None,
+    ) -> None:
+        self.scheduler: Any = None  # SGLang's, once it is made
+        self._reports = reports
+        self._pool = pool
+        self._waiting = waiting
+        self._steps = steps
+        self._metrics = metrics
+
+    def hooks(self) -> list[Hook]:
+        return [
+            Hook(f"{_SCHEDULER}.__init__", self._init, HookType.AROUND),
+            Hook(f"{_SCHEDULER}.run_event_loop", self._run_event_loop, HookType.AROUND),
+            Hook(f"{_SCHEDULER}.ingest_requests", self._after_ingest, HookType.AFTER),
+            Hook(f"{_SCHEDULER}.run_batch", self._steps.run_batch, HookType.AROUND),
+        ]
+
+    def _init(self, original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        with self._reports.errors():
+            original(scheduler, *args, **kwargs)
+            if not self._pool.is_started:
+                raise SidpError("--sidp: SGLang has loaded the model past the weight pool")
+            self.scheduler = scheduler
+            self._steps.calibrate(scheduler)
+            self._reports.pooled()
+
+    def _run_event_loop(self, original: Any, *args: Any, **kwargs: Any) -> None:
+        with self._reports.errors():
+            original(*args, **kwargs)
+
+    def _after_ingest(self, messages: list[Any], scheduler: Any, *_: Any, **__: Any) -> list[Any]:
+        """Once per iteration, also where the rank is idle: an idle owner serves rows."""
+        self._waiting.take(messages, scheduler)  # may give some back: the state tells what is left
+        self._steps.publish(scheduler)
+        if self._metrics is not None:
+            self._metrics.publish_each_second(scheduler.metrics_collector.labels)
+        return messages
