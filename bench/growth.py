@@ -7,6 +7,7 @@ takes here beyond plain DP is its overhead.
 
 import argparse
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from bench.constant_batch import ENVIRONMENT, KEYWORDS, run_steps
@@ -30,13 +31,13 @@ HEADS = [
 ]
 
 
-def started(name: str, dp_size: int, **keywords: Any) -> tuple[Side, float]:
+def started(stack: ExitStack, name: str, dp_size: int, **keywords: Any) -> tuple[Side, float]:
     """An engine, and the seconds from its process's start until it takes requests."""
     begun = time.perf_counter()
     common = {"model_path": str(CHECKPOINT), "skip_tokenizer_init": True, **KEYWORDS}
     environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": "64MB"}
     side = Side(name, environment, {**common, "dp_size": dp_size, **keywords})
-    return side.__enter__(), time.perf_counter() - begun
+    return stack.enter_context(side), time.perf_counter() - begun
 
 
 def messages(side: Side) -> int:
@@ -46,9 +47,11 @@ def messages(side: Side) -> int:
 
 def measure(dp_size: int, args: argparse.Namespace) -> dict[str, Any]:
     ranks = list(range(dp_size))
-    plain_dp, plain_seconds = started("plain DP", dp_size)
-    sidp, sidp_seconds = started("SiDP", dp_size, sidp=True, sidp_batch_threshold=THRESHOLD)
-    try:
+    with ExitStack() as stack:
+        plain_dp, plain_seconds = started(stack, "plain DP", dp_size)
+        sidp, sidp_seconds = started(
+            stack, "SiDP", dp_size, sidp=True, sidp_batch_threshold=THRESHOLD
+        )
         found: dict[str, Any] = {
             "dp_size": dp_size,
             "start_seconds": {"plain": plain_seconds, "sidp": sidp_seconds},
@@ -60,9 +63,6 @@ def measure(dp_size: int, args: argparse.Namespace) -> dict[str, Any]:
         after = messages(sidp)
         found["idle_messages_per_second"] = (after - before) / (time.perf_counter() - begun)
         return found
-    finally:
-        plain_dp.__exit__()
-        sidp.__exit__()
 
 
 def at_batch(
