@@ -12,9 +12,9 @@ from typing import Any
 
 from bench.constant_batch import ENVIRONMENT, KEYWORDS, run_steps
 from bench.demo_job import CHECKPOINT
-from bench.record import record, spread
+from bench.record import over, record, spread
 from bench.side import Side
-from bench.tables import plain
+from bench.tables import Table, plain, ranged
 
 BATCHES = {"cas": 2, "was": 16}  # of every rank
 THRESHOLD = 8
@@ -83,25 +83,27 @@ def at_batch(
         rates.append((messages(sidp) - before) / seconds / len(ranks))
         shares.append(steps.cas_share)
     assert min(shares) > 0.5 if mode == "cas" else max(shares) == 0, (mode, shares)
-    ratios = [b / a for a, b in zip(times["plain"], times["sidp"], strict=True)]
     return {
         "batch": batch,
         "step_ms": {name: spread(values) for name, values in times.items()},
-        "over_plain": spread(ratios),
+        "over_plain": over(times["sidp"], times["plain"]),
         "messages_per_second_per_rank": spread(rates),
         "cas_share": spread(shares),
     }
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    ratios = (row[mode]["over_plain"] for mode in BATCHES)
-    return [
-        str(row["dp_size"]),
-        *(f"{row['start_seconds'][side]:.0f}" for side in ("plain", "sidp")),
-        *(f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" for r in ratios),
-        *(f"{row[mode]['messages_per_second_per_rank']['median']:.0f}" for mode in BATCHES),
-        f"{row['idle_messages_per_second']:.0f}",
+def table(results: dict[str, Any]) -> Table:
+    rows = [
+        [
+            str(row["dp_size"]),
+            *(f"{row['start_seconds'][side]:.0f}" for side in ("plain", "sidp")),
+            *(ranged(row[mode]["over_plain"]) for mode in BATCHES),
+            *(f"{row[mode]['messages_per_second_per_rank']['median']:.0f}" for mode in BATCHES),
+            f"{row['idle_messages_per_second']:.0f}",
+        ]
+        for row in results["rows"]
     ]
+    return HEADS, rows
 
 
 def main() -> None:
@@ -113,8 +115,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = [measure(dp_size, args) for dp_size in args.dp_sizes]
     name = "growth" if args.dp_sizes == [2, 4, 8] else "growth_quick"
-    record(name, {"arguments": vars(args), "threshold": THRESHOLD, "rows": rows})
-    print(plain(HEADS, [cells(row) for row in rows]))
+    results = {"arguments": vars(args), "threshold": THRESHOLD, "rows": rows}
+    record(name, results)
+    print(plain(*table(results)))
 
 
 if __name__ == "__main__":

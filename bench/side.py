@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 STOP_SECONDS = 60.0
 
 
+def rotated(names: list[str], by: int) -> list[str]:
+    """Every repeat begins with another side."""
+    by %= len(names)
+    return names[by:] + names[:by]
+
+
 class Side:
     """`environment` and `keywords` as for sgl.Engine; use as a context manager. An engine that has
     not started within `start_seconds` is ended. `tree`: the checkout whose `sidp_sgl` it runs.
