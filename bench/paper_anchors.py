@@ -18,7 +18,7 @@ from bench.paper_jobs import (
     run,
 )
 from bench.paper_reasons import REASONS
-from bench.simulator.layers import layered_step
+from bench.simulator.costs import layered_step
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.models import load_model
 from sidp_sgl.planner.time_model import Work

@@ -1,6 +1,6 @@
 """Is this tree as fast as commit BASE? Both in one run, side by side, alternating.
 
-    python -m bench.versions BASE [--only was cas demo] [--rounds N] [--quick]
+    python -m bench.versions BASE [--only was cas demo] [--rounds N] [--starts N] [--quick]
 
 BASE is checked out as a git worktree in a temporary folder, which goes when the run ends, and runs
 in this Python environment. Measured are decode steps at a constant batch with `sidp_mode` was and
@@ -13,8 +13,8 @@ Two engines of the same code may differ by some percent for as long as they live
 pairs are started one after the other, and the median is over the rounds of all. What the machine
 itself does to the result shows `python -m bench.versions HEAD` on a clean tree.
 
-Both sides get the same flags, which BASE must know. Results: bench/results/versions.json (versions_quick.json where not all of it ran).
-Ten minutes (--quick) to half an hour; 14 GB of memory.
+Both sides get the same flags, which BASE must know. Results are bench/results/versions.json, or
+versions_quick.json where not all of it ran. Ten minutes (--quick) to half an hour; 14 GB of memory.
 """
 
 import argparse
