@@ -31,7 +31,7 @@ MARKS = {"engine": ("o", COLOURS["was"]), "testbed": ("s", COLOURS["cas"])}
 
 
 def interval(low: float, high: float) -> str:
-    texts = [f"{value:.2f}" for value in (low, high)]
+    texts = [f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in (low, high)]
     return texts[0] if texts[0] == texts[1] else "–".join(texts)
 
 
