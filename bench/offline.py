@@ -34,6 +34,7 @@ class JobResult:
 
     outputs: list[Any]  # text, or token ids where the engine has no tokenizer
     seconds: float
+    cpu_seconds: float  # of all the engine's processes
     output_tokens: int
     prompt_tokens: int
     cached_tokens: int
@@ -171,11 +172,13 @@ def run_job(
         return outputs, seconds
 
     with BatchSampler(engine, num_ranks) as sampler:
-        started = time.perf_counter()
+        cpu_before, started = _cpu_seconds(), time.perf_counter()
         outputs, seconds = engine.loop.run_until_complete(everything())
+        cpu_seconds = _cpu_seconds() - cpu_before
     return JobResult(
         [output["text"] if "text" in output else output["output_ids"] for output in outputs],
         seconds,
+        cpu_seconds,
         *(
             sum(output["meta_info"][name] for output in outputs)
             for name in ("completion_tokens", "prompt_tokens", "cached_tokens")
@@ -185,6 +188,13 @@ def run_job(
         sampler.means,
         statuses,
     )
+
+
+def _cpu_seconds() -> float:
+    """That this process and all that it has started have had so far."""
+    this = psutil.Process()
+    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
 
 
 def serve(pipe: Connection) -> None:
