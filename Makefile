@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 E2E := not ray and not thorough
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-all unit e2e test-ray soak kills bench lint format clean
+.PHONY: install demo test test-all unit e2e test-ray soak kills bench versions lint format clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -51,6 +51,10 @@ kills: install
 # All that the machine allows, an hour and a half or more; writes bench/results and docs/benchmarks.md.
 bench: install
 	PYTHONWARNINGS=ignore $(PYTHON) -m bench.suite
+
+# Is the working tree as fast as commit BASE? make versions BASE=main
+versions: install
+	PYTHONWARNINGS=ignore $(PYTHON) -m bench.versions $(BASE)
 
 lint: install
 	$(VENV)/bin/ruff check .

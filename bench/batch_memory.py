@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from bench.record import record
+from bench.tables import Table, plain
 from sidp_sgl.batch.input import InputFile
 from sidp_sgl.batch.job import Job, Limits
 from sidp_sgl.batch.output import OutputFile
@@ -107,8 +108,24 @@ def main() -> None:
         command = [sys.executable, "-m", "bench.batch_memory", "--one", str(size)]
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=3000)
         rows.append(json.loads(result.stdout))
-        print(rows[-1], flush=True)
-    record("batch_memory", {"max_in_flight": LIMITS.max_in_flight, "sizes": rows})
+    results = {"max_in_flight": LIMITS.max_in_flight, "sizes": rows}
+    record("batch_memory", results)
+    print(plain(*table(results)))
+
+
+def table(results: dict[str, Any]) -> Table:
+    heads = ["requests", "input (MB)", "peak memory (MiB)", "checked/s", "run/s", "read again/s"]
+    rates = ("checked_per_second", "run_per_second", "read_again_per_second")
+    rows = [
+        [
+            f"{row['requests']:,}",
+            f"{row['input_mb']:.0f}",
+            f"{row['peak_mib']:.0f}",
+            *(f"{row[rate]:,}" for rate in rates),
+        ]
+        for row in results["sizes"]
+    ]
+    return heads, rows
 
 
 if __name__ == "__main__":

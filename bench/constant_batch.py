@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.demo_job import make_prompts
+from bench.offline import JobResult
 from bench.side import Side
 
 INPUT_TOKENS = 32
@@ -21,6 +22,7 @@ class Steps:
     """A run's decode steps, and what the ranks' statuses say of it (0 and empty in plain DP)."""
 
     seconds: float  # of one step; mean over the ranks
+    cpu_seconds: float  # of the whole run and all the engine's processes
     was_steps: int  # of all ranks, prefill steps among them
     cas_steps: int
     switches: int
@@ -37,7 +39,7 @@ def run_steps(side: Side, batch_size: int, num_steps: int, ranks: list[int], see
     through, so that no window was whole, the run is done again with twice the steps."""
     for factor in (1, 2, 4):
         before = side.states()
-        run_batch(side, batch_size, factor * num_steps, ranks, seed)
+        job = run_batch(side, batch_size, factor * num_steps, ranks, seed)
         after = side.states()
         windows = [
             new
@@ -45,17 +47,21 @@ def run_steps(side: Side, batch_size: int, num_steps: int, ranks: list[int], see
             if (new := new_windows(a, b, batch_size))
         ]
         if len(windows) == len(set(ranks)):
-            return _steps(before, after, windows)
+            return _steps(before, after, windows, job.cpu_seconds)
     raise RuntimeError(f"too few steps at batch {batch_size}: let them be more")
 
 
 def _steps(
-    before: list[dict[str, Any]], after: list[dict[str, Any]], windows: list[list[float]]
+    before: list[dict[str, Any]],
+    after: list[dict[str, Any]],
+    windows: list[list[float]],
+    cpu_seconds: float,
 ) -> Steps:
     old, new = ([state.get("sidp", {}) for state in states] for states in (before, after))
     was, cas = (_iterations(new, mode) - _iterations(old, mode) for mode in ("was", "cas"))
     return Steps(
         statistics.fmean(map(statistics.median, windows)),
+        cpu_seconds,
         was,
         cas,
         sum(status.get("mode_switches", 0) for status in new)
@@ -64,11 +70,13 @@ def _steps(
     )
 
 
-def run_batch(side: Side, batch_size: int, num_steps: int, ranks: list[int], seed: int) -> None:
+def run_batch(
+    side: Side, batch_size: int, num_steps: int, ranks: list[int], seed: int
+) -> JobResult:
     placed = [rank for rank in ranks for _ in range(batch_size)]
     prompts = make_prompts(len(placed), INPUT_TOKENS, seed)
     sampling = {"temperature": 0, "max_new_tokens": num_steps, "ignore_eos": True}
-    side.run(prompts, sampling, ranks=placed)
+    return side.run(prompts, sampling, ranks=placed)
 
 
 def _iterations(statuses: list[dict[str, Any]], mode: str) -> int:

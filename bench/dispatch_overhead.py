@@ -8,11 +8,12 @@ import argparse
 import random
 import time
 from array import array
+from typing import Any
 
 from msgspec.structs import replace
 
 from bench.record import record, spread
-from bench.tables import plain
+from bench.tables import Table, plain, ranged
 from sidp_sgl.scheduler.dispatch.policy import Dispatcher
 from sidp_sgl.scheduler.dispatch.prompts import prompt_key
 from sidp_sgl.scheduler.dispatch.window import Queued
@@ -66,17 +67,21 @@ def main() -> None:
         ]
         row = {name: spread([run[name] for run in runs]) for name in ("arrival", "choice")}
         rows.append({"queued": args.queued, "prompt_tokens": length, **row})
-    record("dispatch_overhead", {"arguments": vars(args), "microseconds": rows})
-    print(plain(HEADS, [cells(row) for row in rows]))
+    results = {"arguments": vars(args), "microseconds": rows}
+    record("dispatch_overhead", results)
+    print(plain(*table(results)))
 
 
-def cells(row: dict) -> list[str]:
-    times = (row[name] for name in ("arrival", "choice"))
-    return [
-        f"{row['queued']:,}",
-        f"{row['prompt_tokens']:,}",
-        *(f"{t['median']:.0f} ({t['min']:.0f} to {t['max']:.0f})" for t in times),
+def table(results: dict[str, Any]) -> Table:
+    rows = [
+        [
+            f"{row['queued']:,}",
+            f"{row['prompt_tokens']:,}",
+            *(ranged(row[name], 0) for name in ("arrival", "choice")),
+        ]
+        for row in results["microseconds"]
     ]
+    return HEADS, rows
 
 
 if __name__ == "__main__":

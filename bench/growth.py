@@ -7,13 +7,14 @@ takes here beyond plain DP is its overhead.
 
 import argparse
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from bench.constant_batch import ENVIRONMENT, KEYWORDS, run_steps
 from bench.demo_job import CHECKPOINT
-from bench.record import record, spread
+from bench.record import over, record, spread
 from bench.side import Side
-from bench.tables import plain
+from bench.tables import Table, plain, ranged
 
 BATCHES = {"cas": 2, "was": 16}  # of every rank
 THRESHOLD = 8
@@ -30,13 +31,13 @@ HEADS = [
 ]
 
 
-def started(name: str, dp_size: int, **keywords: Any) -> tuple[Side, float]:
+def started(stack: ExitStack, name: str, dp_size: int, **keywords: Any) -> tuple[Side, float]:
     """An engine, and the seconds from its process's start until it takes requests."""
     begun = time.perf_counter()
     common = {"model_path": str(CHECKPOINT), "skip_tokenizer_init": True, **KEYWORDS}
     environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": "64MB"}
     side = Side(name, environment, {**common, "dp_size": dp_size, **keywords})
-    return side.__enter__(), time.perf_counter() - begun
+    return stack.enter_context(side), time.perf_counter() - begun
 
 
 def messages(side: Side) -> int:
@@ -46,9 +47,11 @@ def messages(side: Side) -> int:
 
 def measure(dp_size: int, args: argparse.Namespace) -> dict[str, Any]:
     ranks = list(range(dp_size))
-    plain_dp, plain_seconds = started("plain DP", dp_size)
-    sidp, sidp_seconds = started("SiDP", dp_size, sidp=True, sidp_batch_threshold=THRESHOLD)
-    try:
+    with ExitStack() as stack:
+        plain_dp, plain_seconds = started(stack, "plain DP", dp_size)
+        sidp, sidp_seconds = started(
+            stack, "SiDP", dp_size, sidp=True, sidp_batch_threshold=THRESHOLD
+        )
         found: dict[str, Any] = {
             "dp_size": dp_size,
             "start_seconds": {"plain": plain_seconds, "sidp": sidp_seconds},
@@ -60,9 +63,6 @@ def measure(dp_size: int, args: argparse.Namespace) -> dict[str, Any]:
         after = messages(sidp)
         found["idle_messages_per_second"] = (after - before) / (time.perf_counter() - begun)
         return found
-    finally:
-        plain_dp.__exit__()
-        sidp.__exit__()
 
 
 def at_batch(
@@ -83,25 +83,27 @@ def at_batch(
         rates.append((messages(sidp) - before) / seconds / len(ranks))
         shares.append(steps.cas_share)
     assert min(shares) > 0.5 if mode == "cas" else max(shares) == 0, (mode, shares)
-    ratios = [b / a for a, b in zip(times["plain"], times["sidp"], strict=True)]
     return {
         "batch": batch,
         "step_ms": {name: spread(values) for name, values in times.items()},
-        "over_plain": spread(ratios),
+        "over_plain": over(times["sidp"], times["plain"]),
         "messages_per_second_per_rank": spread(rates),
         "cas_share": spread(shares),
     }
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    ratios = (row[mode]["over_plain"] for mode in BATCHES)
-    return [
-        str(row["dp_size"]),
-        *(f"{row['start_seconds'][side]:.0f}" for side in ("plain", "sidp")),
-        *(f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" for r in ratios),
-        *(f"{row[mode]['messages_per_second_per_rank']['median']:.0f}" for mode in BATCHES),
-        f"{row['idle_messages_per_second']:.0f}",
+def table(results: dict[str, Any]) -> Table:
+    rows = [
+        [
+            str(row["dp_size"]),
+            *(f"{row['start_seconds'][side]:.0f}" for side in ("plain", "sidp")),
+            *(ranged(row[mode]["over_plain"]) for mode in BATCHES),
+            *(f"{row[mode]['messages_per_second_per_rank']['median']:.0f}" for mode in BATCHES),
+            f"{row['idle_messages_per_second']:.0f}",
+        ]
+        for row in results["rows"]
     ]
+    return HEADS, rows
 
 
 def main() -> None:
@@ -113,8 +115,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = [measure(dp_size, args) for dp_size in args.dp_sizes]
     name = "growth" if args.dp_sizes == [2, 4, 8] else "growth_quick"
-    record(name, {"arguments": vars(args), "threshold": THRESHOLD, "rows": rows})
-    print(plain(HEADS, [cells(row) for row in rows]))
+    results = {"arguments": vars(args), "threshold": THRESHOLD, "rows": rows}
+    record(name, results)
+    print(plain(*table(results)))
 
 
 if __name__ == "__main__":

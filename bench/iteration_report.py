@@ -5,6 +5,7 @@ from typing import Any
 
 from bench.figures import COLOURS, LABELS, figure
 from bench.record import spread
+from bench.tables import Table, ranged
 
 TOLERANCE = 1.1  # auto over the better mode
 
@@ -30,35 +31,40 @@ def crossing(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
-    print(f"{'B':>3} " + " ".join(f"{LABELS[name] + ', ms':>20}" for name in names), end="")
-    print("  auto over the better    CaS steps  switches  threshold")
-    for row in rows:
-        cells = (
-            f"{s['median']:.1f} ({s['min']:.1f}–{s['max']:.1f})" for s in row["step_ms"].values()
+def table(results: dict[str, Any]) -> Table:
+    sides = list(results["rows"][0]["step_ms"])
+    heads = ["batch per rank", *(f"{LABELS[side]} (ms)" for side in sides)]
+    heads += ["auto over the better", "auto's steps in CaS", "auto's threshold"]
+    rows = []
+    for row in results["rows"]:
+        learnt = [t for each in row.get("auto_thresholds", []) for t in each if t is not None]
+        rows.append(
+            [
+                str(row["batch"]),
+                *(f"{row['step_ms'][side]['median']:.1f}" for side in sides),
+                ranged(row["auto_over_better"]) if "auto_over_better" in row else "",
+                f"{row['cas_share']['auto']:.0%}" if "auto" in sides else "",
+                f"{min(learnt)} to {max(learnt)}" if learnt else "",
+            ]
         )
-        print(f"{row['batch']:>3} " + " ".join(f"{cell:>20}" for cell in cells), end="")
-        if ratio := row.get("auto_over_better"):
-            text = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
-            print(f"  {LABELS[row['better']]:>3} {text:>17}", end="")
-        else:
-            print(f"  {'':>21}", end="")
-        if "auto_thresholds" in row:
-            thresholds = [t for each in row["auto_thresholds"] for t in each if t is not None]
-            known = f"{min(thresholds)} to {max(thresholds)}" if thresholds else "unknown"
-            print(
-                f" {row['cas_share']['auto']:>12.0%} {row['auto_switches']:>9}  {known:>9}", end=""
-            )
-        print()
-    if "better" in rows[0]:
-        late = [str(r["batch"]) for r in rows if r["auto_over_better"]["median"] > TOLERANCE]
-        print(f"Auto is more than {TOLERANCE - 1:.0%} above the better mode at batch", end=" ")
-        print(f"{', '.join(late) or 'none'}.", end=" ")
-        if found := crossing(rows):
-            print(f"WaS and CaS cross at batch {found['batch']:.0f}; auto's threshold", end=" ")
-            print("beside it is {median:g} ({min} to {max}).".format(**found["thresholds"]))
-        else:
-            print("WaS and CaS do not cross.")
+    return heads, rows
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Where auto is behind, and where the modes cross; nothing where they were not all measured."""
+    rows = results["rows"]
+    if "better" not in rows[0]:
+        return ""
+    late = [str(row["batch"]) for row in rows if row["auto_over_better"]["median"] > TOLERANCE]
+    text = f"Auto is more than {TOLERANCE - 1:.0%} above the better mode at batch "
+    text += f"{', '.join(late) or 'none'}. "
+    found = results["crossing"]
+    if found is None:
+        return text + "WaS and CaS do not cross."
+    return text + (
+        f"WaS and CaS cross at batch {found['batch']:.0f}; auto's threshold beside it is "
+        f"{ranged(found['thresholds'], 0)}."
+    )
 
 
 def draw(name: str, rows: list[dict[str, Any]], sides: list[str]) -> None:

@@ -19,9 +19,10 @@ from typing import Any
 from bench.constant_batch import ENVIRONMENT, KEYWORDS, Steps, run_batch, run_steps
 from bench.demo_job import CHECKPOINT, fetched_bytes, link_gbps
 from bench.figures import LABELS
-from bench.iteration_report import crossing, draw, print_table
-from bench.record import record, spread
-from bench.side import Side
+from bench.iteration_report import crossing, draw, summary, table
+from bench.record import over, record, spread
+from bench.side import Side, rotated
+from bench.tables import plain
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 
 DP_SIZE = 2
@@ -84,11 +85,6 @@ def check_fetched_bytes(side: Side) -> None:
         assert status["pooled_bytes"] - status["owned_bytes"] == fetched_bytes(DP_SIZE)
 
 
-def rotated(names: list[str], by: int) -> list[str]:
-    by %= len(names)
-    return names[by:] + names[:by]
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Batch size → side → its runs, and the link that they had."""
     gbps, first_step = args.link_gbps, None
@@ -133,8 +129,8 @@ def batch_row(batch: int, runs: dict[str, list[Steps]]) -> dict[str, Any]:
         row["auto_thresholds"] = [steps.thresholds for steps in auto]
     if {"was", "cas", "auto"} <= set(runs):
         better = min(("was", "cas"), key=lambda name: row["step_ms"][name]["median"])
-        ratios = [a.seconds / b.seconds for a, b in zip(auto, runs[better], strict=True)]
-        row |= {"better": better, "auto_over_better": spread(ratios)}
+        ratio = over(*([steps.seconds for steps in runs[name]] for name in ("auto", better)))
+        row |= {"better": better, "auto_over_better": ratio}
     return row
 
 
@@ -170,7 +166,8 @@ def main() -> None:
             end="",
         )
     print(".")
-    print_table(rows, args.sides)
+    print(plain(*table(result)))
+    print(summary(result))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 import numpy as np
 
 from bench.demo_job import make_prompts
-from bench.methods import HEADS, cells, compare
+from bench.methods import compare, table
 from bench.record import record
 from bench.tables import plain
 
@@ -39,7 +39,7 @@ def main() -> None:
     )
     name = "makespan" if args.requests >= 256 else "makespan_quick"
     record(name, {"arguments": vars(args), "output_lengths": lengths, **results})
-    print(plain(HEADS, [cells(method, row) for method, row in results["methods"].items()]))
+    print(plain(*table(results)))
 
 
 if __name__ == "__main__":

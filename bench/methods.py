@@ -8,8 +8,9 @@ from typing import Any
 
 from bench.demo_job import CHECKPOINT
 from bench.offline import JobResult
-from bench.record import spread
+from bench.record import over, spread
 from bench.side import Side
+from bench.tables import Table, ranged
 
 METHODS = ("round_robin", "sidp")
 HEADS = [
@@ -73,26 +74,29 @@ def figures(
     method: str, runs: dict[str, list[JobResult]], states: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     results = runs[method]
-    pairs = zip(results, runs["round_robin"], strict=True)
+    speeds = {name: [result.tokens_per_second for result in each] for name, each in runs.items()}
     return {
         "kv_tokens": states[method]["memory_usage"]["token_capacity"],
         "hit_rate": spread([result.hit_rate for result in results]),
         "idle_share": spread([result.idle_share for result in results]),
-        "tokens_per_second": spread([result.tokens_per_second for result in results]),
+        "tokens_per_second": spread(speeds[method]),
         "seconds": spread([result.seconds for result in results]),
         "mean_batch": statistics.median(result.mean_batch for result in results),
-        "over_round_robin": spread([a.tokens_per_second / b.tokens_per_second for a, b in pairs]),
+        "over_round_robin": over(speeds[method], speeds["round_robin"]),
     }
 
 
-def cells(method: str, row: dict[str, Any]) -> list[str]:
-    ratio = row["over_round_robin"]
-    return [
-        method,
-        f"{row['kv_tokens']:,}",
-        f"{row['hit_rate']['median']:.1%}",
-        f"{row['idle_share']['median']:.1%}",
-        f"{row['tokens_per_second']['median']:.0f}",
-        f"{row['seconds']['median']:.1f}",
-        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+def table(results: dict[str, Any]) -> Table:
+    rows = [
+        [
+            method,
+            f"{row['kv_tokens']:,}",
+            f"{row['hit_rate']['median']:.1%}",
+            f"{row['idle_share']['median']:.1%}",
+            f"{row['tokens_per_second']['median']:.0f}",
+            f"{row['seconds']['median']:.1f}",
+            ranged(row["over_round_robin"]),
+        ]
+        for method, row in results["methods"].items()
     ]
+    return HEADS, rows

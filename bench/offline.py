@@ -1,18 +1,28 @@
-"""Runs one offline job on a real engine and measures what the demo and the benches show."""
+"""Runs offline jobs on a real engine and measures what the demo and the benches show.
+
+As a program it is the far end of a `bench.side.Side`: an engine that obeys a connection. There it
+may measure another tree's `sidp_sgl`, so this file imports nothing of the project.
+"""
 
 import asyncio
 import contextlib
+import importlib.util
 import multiprocessing
 import os
+import select
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sglang
-from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader, shm_path_for
+import psutil
+
+if TYPE_CHECKING:
+    import sglang
 
 SAMPLE_SECONDS = 0.02
 _SEMAPHORES = f"sidp-bench-{os.getpid()}"
@@ -24,6 +34,7 @@ class JobResult:
 
     outputs: list[Any]  # text, or token ids where the engine has no tokenizer
     seconds: float
+    cpu_seconds: float  # of all the engine's processes
     output_tokens: int
     prompt_tokens: int
     cached_tokens: int
@@ -44,7 +55,9 @@ class JobResult:
 class BatchSampler:
     """Reads the ranks' running batch sizes from SGLang's load snapshots, disturbing nobody."""
 
-    def __init__(self, engine: sglang.Engine, num_ranks: int) -> None:
+    def __init__(self, engine: "sglang.Engine", num_ranks: int) -> None:
+        from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader, shm_path_for
+
         path = shm_path_for(engine.port_args.instance_id)
         self._reader = ShmLoadSnapshotReader(path, num_ranks)
         self.samples: list[tuple[float, list[int]]] = []  # time since the start, of every rank
@@ -84,8 +97,10 @@ class BatchSampler:
         return [(when, sum(running) / len(running)) for when, running in self.samples]
 
 
-def start_engine(**keywords: Any) -> sglang.Engine:
+def start_engine(**keywords: Any) -> "sglang.Engine":
     """An engine, on CPU ranks unless `device` says otherwise; end it with `shut_down`."""
+    import sglang
+
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     prefix = config["semprefix"]
     config["semprefix"] = f"/{_SEMAPHORES}"  # inherited by the ranks
@@ -95,17 +110,22 @@ def start_engine(**keywords: Any) -> sglang.Engine:
         config["semprefix"] = prefix
 
 
-def shut_down(engine: sglang.Engine) -> None:
+def shut_down(engine: "sglang.Engine") -> None:
     """`engine.shutdown()`, and away with what plain SGLang leaves in /dev/shm: its load snapshot,
     and the semaphores of the ranks that it kills."""
+    from sglang.srt.managers.load_snapshot import shm_path_for
+
     engine.shutdown()
-    Path(shm_path_for(engine.port_args.instance_id)).unlink(missing_ok=True)
-    for path in Path("/dev/shm").glob(f"sem.{_SEMAPHORES}-*"):
+    _remove([Path(shm_path_for(engine.port_args.instance_id))])
+
+
+def _remove(segments: Iterable[Path]) -> None:
+    for path in [*segments, *Path("/dev/shm").glob(f"sem.{_SEMAPHORES}-*")]:
         path.unlink(missing_ok=True)
 
 
 def run_job(
-    engine: sglang.Engine,
+    engine: "sglang.Engine",
     num_ranks: int,
     prompts: Sequence[Any],
     sampling: dict[str, Any] | Sequence[dict[str, Any]],
@@ -152,11 +172,13 @@ def run_job(
         return outputs, seconds
 
     with BatchSampler(engine, num_ranks) as sampler:
-        started = time.perf_counter()
+        cpu_before, started = _cpu_seconds(), time.perf_counter()
         outputs, seconds = engine.loop.run_until_complete(everything())
+        cpu_seconds = _cpu_seconds() - cpu_before
     return JobResult(
         [output["text"] if "text" in output else output["output_ids"] for output in outputs],
         seconds,
+        cpu_seconds,
         *(
             sum(output["meta_info"][name] for output in outputs)
             for name in ("completion_tokens", "prompt_tokens", "cached_tokens")
@@ -166,3 +188,69 @@ def run_job(
         sampler.means,
         statuses,
     )
+
+
+def _cpu_seconds() -> float:
+    """That this process and all that it has started have had so far."""
+    this = psutil.Process()
+    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def serve(pipe: Connection) -> None:
+    """The first message holds the engine's keywords; answered is which `sidp_sgl` it has. Then
+    jobs, states and updates, until None comes or the other end goes away."""
+    watch = threading.Thread(target=_end_with, args=(pipe,), daemon=True)
+    watch.start()
+    try:
+        keywords = pipe.recv()
+        engine = start_engine(**keywords)
+        spec = importlib.util.find_spec("sidp_sgl")
+        pipe.send(spec and spec.origin)
+        while (request := pipe.recv()) is not None:
+            try:
+                answer = _answer(engine, keywords["dp_size"], *request)
+            except Exception as error:
+                answer = RuntimeError(str(error))
+            pipe.send(answer)
+        shut_down(engine)
+    except Exception as error:  # not started, or the other end is gone
+        with contextlib.suppress(OSError):
+            pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        watch.join()
+
+
+def _answer(engine: "sglang.Engine", num_ranks: int, what: str, *given: Any) -> Any:
+    if what == "states":
+        return engine.get_server_info()["internal_states"]
+    if what == "update":
+        from sglang.srt.managers.io_struct import SetInternalStateReq
+
+        answers = engine.tokenizer_manager.set_internal_state(
+            SetInternalStateReq(server_args=given[0])
+        )
+        return engine.loop.run_until_complete(answers)
+    engine.flush_cache()
+    prompts, sampling, options = given
+    return vars(run_job(engine, num_ranks, prompts, sampling, **options))
+
+
+def _end_with(pipe: Connection) -> None:
+    """End this process when the other end of `pipe` goes away, whatever it is doing then."""
+    poll = select.poll()
+    poll.register(pipe.fileno(), select.POLLRDHUP)
+    poll.poll()
+    processes = psutil.Process().children(recursive=True)
+    segments: set[Path] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            mapped = {Path(each.path) for each in process.memory_maps()}
+            segments.update(path for path in mapped if path.parent == Path("/dev/shm"))
+            process.kill()
+    psutil.wait_procs(processes, 60)
+    _remove(segments)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

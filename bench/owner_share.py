@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from bench.constant_batch import ENVIRONMENT, INPUT_TOKENS, KEYWORDS, new_windows
 from bench.demo_job import CHECKPOINT, make_prompts
-from bench.record import record, spread
+from bench.record import over, record, spread
 from bench.side import Side
+from bench.tables import Table, plain, ranged
 
 OWN_BATCH, SMALL_BATCH = 16, 4
 SITUATIONS = ("other rank idle", "other rank streams", "other rank sends")
@@ -59,28 +60,31 @@ def main() -> None:
             busy = after["busy_seconds"] - before["busy_seconds"]
             share.append(busy / sends.job_seconds)
     assert min(served) > 0
-    ratios = {
-        name: [a / b for a, b in zip(times[name], times[SITUATIONS[0]], strict=True)]
-        for name in SITUATIONS[1:]
+    ratios = {name: over(times[name], times[SITUATIONS[0]]) for name in SITUATIONS[1:]}
+    results = {
+        "arguments": vars(args),
+        "batches": [OWN_BATCH, SMALL_BATCH],
+        "own_step_ms": {name: spread(values) for name, values in times.items()},
+        "over_idle": ratios,
+        "rows_served": served,
+        "service_share": spread(share),
     }
-    record(
-        "owner_share",
-        {
-            "arguments": vars(args),
-            "batches": [OWN_BATCH, SMALL_BATCH],
-            "own_step_ms": {name: spread(values) for name, values in times.items()},
-            "over_idle": {name: spread(values) for name, values in ratios.items()},
-            "rows_served": served,
-            "service_share": spread(share),
-        },
-    )
-    for name, values in times.items():
-        ratio = f", {statistics.median(ratios[name]):.2f} of idle" if name in ratios else ""
-        print(
-            f"{name}: own step {statistics.median(values):.1f} ms "
-            f"({min(values):.1f} to {max(values):.1f}){ratio}"
-        )
-    print(f"share of the owner's time that it served: {statistics.median(share):.1%}")
+    record("owner_share", results)
+    print(plain(*table(results)))
+
+
+def table(results: dict[str, Any]) -> Table:
+    heads = ["the other rank", "own step (ms)", "over idle", "time spent for it"]
+    rows = [
+        [
+            situation.removeprefix("other rank "),
+            ranged(times, 1),
+            ranged(results["over_idle"][situation]) if situation in results["over_idle"] else "",
+            f"{results['service_share']['median']:.1%}" if situation == SITUATIONS[-1] else "",
+        ]
+        for situation, times in results["own_step_ms"].items()
+    ]
+    return heads, rows
 
 
 def _own_state(side: Side) -> dict[str, Any]:

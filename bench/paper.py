@@ -24,14 +24,14 @@ from bench.paper_jobs import (
     TESTBED_STEP_SECONDS,
 )
 from bench.record import record
-from bench.tables import markdown, plain, put_into
+from bench.tables import Table, plain
 
 HEADS = {"engine": "our engine", "testbed": "with 50 ms per step"}
 MARKS = {"engine": ("o", COLOURS["was"]), "testbed": ("s", COLOURS["cas"])}
 
 
 def interval(low: float, high: float) -> str:
-    texts = [f"{value:.2f}" for value in (low, high)]
+    texts = [f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in (low, high)]
     return texts[0] if texts[0] == texts[1] else "–".join(texts)
 
 
@@ -57,29 +57,26 @@ def row(anchor: Anchor) -> dict[str, Any]:
     return result
 
 
-def cells(result: dict[str, Any]) -> list[str]:
-    found = [result["figure"], result["what"], interval(*result["reported"])]
-    found.append(f"{result['band']:.0%}")
+def anchor_table(results: dict[str, Any]) -> Table:
+    heads = ["figure", "what", "reported", "band"]
     for machine in MACHINES:
-        values = result[machine]["values"]
-        found.append(interval(min(values), max(values)))
-        found.append("yes" if result[machine]["agrees"] else "no")
-    return found
+        heads += [HEADS[machine], "agrees"]
+    rows = []
+    for anchor in results["anchors"]:
+        cells = [anchor["figure"], anchor["what"], interval(*anchor["reported"])]
+        cells.append(f"{anchor['band']:.0%}")
+        for machine in MACHINES:
+            values = anchor[machine]["values"]
+            cells.append(interval(min(values), max(values)))
+            cells.append("yes" if anchor[machine]["agrees"] else "no")
+        rows.append(cells)
+    return heads, rows
 
 
-def heads() -> list[str]:
-    found = ["figure", "what", "reported", "band"]
-    for machine in MACHINES:
-        found += [HEADS[machine], "agrees"]
-    return found
-
-
-def reasons(results: Sequence[dict[str, Any]]) -> str:
-    """What would explain the rest, once for each figure; nothing where all agrees."""
-    lines: dict[str, str] = {}
-    for result in results:
-        lines[result["figure"]] = f"- {result['figure']}: {result['why']}"
-    return "\n".join(lines.values())
+def reasons(results: dict[str, Any]) -> str:
+    """What would explain the rest, once for each figure."""
+    why = {anchor["figure"]: anchor["why"] for anchor in results["anchors"]}
+    return "\n".join(f"- {figure}: {reason}" for figure, reason in why.items())
 
 
 JOBS = (  # what the paper leaves open of its job: fillings of all room, prompts' share of S
@@ -105,10 +102,16 @@ def of_jobs() -> list[dict[str, Any]]:
     return rows
 
 
-def job_cells(row: dict[str, Any]) -> list[str]:
-    values = [f"{row[key]:.2f}" for key in ("was", "auto", "was_share")]
-    job = f"room filled {row['fillings']} times, prompts {row['prompt_share']:g} S"
-    return [job, HEADS[row["machine"]], *values]
+def job_table(results: dict[str, Any]) -> Table:
+    rows = [
+        [
+            f"room filled {row['fillings']} times, prompts {row['prompt_share']:g} S",
+            HEADS[row["machine"]],
+            *(f"{row[key]:.2f}" for key in ("was", "auto", "was_share")),
+        ]
+        for row in results["jobs"]
+    ]
+    return JOB_HEADS, rows
 
 
 def draw(name: str, results: Sequence[dict[str, Any]]) -> None:
@@ -139,25 +142,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="of Figs 6 to 8 only H20")
     args = parser.parse_args()
     name = "paper_quick" if args.quick else "paper"
-    results = [row(anchor) for anchor in anchors(GPUS[:1] if args.quick else GPUS)]
-    about = {
+    results = {
+        "arguments": vars(args),
         "models": MODELS,
         "sequences": SEQUENCES,
         "fillings": FILLINGS,
         "seed": SEED,
         "repeats": 1,
         "testbed_step_seconds": TESTBED_STEP_SECONDS,
+        "anchors": [row(anchor) for anchor in anchors(GPUS[:1] if args.quick else GPUS)],
+        "jobs": of_jobs(),
     }
-    jobs = of_jobs()
-    record(name, {"arguments": vars(args), **about, "anchors": results, "jobs": jobs})
-    table, job_table = [cells(result) for result in results], [job_cells(row) for row in jobs]
-    print(plain(heads(), table))
-    print(plain(JOB_HEADS, job_table))
+    record(name, results)
+    print(plain(*anchor_table(results)))
+    print(plain(*job_table(results)))
     print(reasons(results))
     if not args.quick:
-        draw(name, results)
-        parts = [markdown(heads(), table), reasons(results), markdown(JOB_HEADS, job_table)]
-        put_into("simulator.md", "paper", "\n\n".join(parts))
+        draw(name, results["anchors"])
 
 
 if __name__ == "__main__":

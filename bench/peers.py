@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from bench.gpu.random_checkpoint import write_in_child
-from bench.record import record, spread
+from bench.record import over, record, spread
 from bench.side import Side
-from bench.tables import plain
+from bench.tables import Table, plain, ranged
 from sidp_sgl.planner.models import read_config
 from sidp_sgl.sglang_hooks.cuda.refusals import UNVERIFIED
 
@@ -89,24 +89,22 @@ def row(name: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         "fetches": sum(result["fetches"] for result in results),
     }
     if not any("error" in each[PLAIN] for each in rounds):
-        speeds = [
-            (each[name]["tokens_per_second"], each[PLAIN]["tokens_per_second"]) for each in rounds
-        ]
-        found["over_plain"] = spread([mine / plain_dp for mine, plain_dp in speeds])
+        speeds = ([each[side]["tokens_per_second"] for each in rounds] for side in (name, PLAIN))
+        found["over_plain"] = over(*speeds)
     return found
 
 
-def cells(name: str, found: dict[str, Any], num_ranks: int) -> list[str]:
-    if "error" in found:
-        return [name, str(num_ranks), "", "", f"failed: {found['error'][:60]}"]
-    speed, ratio = found["tokens_per_second"]["median"], found.get("over_plain")
-    return [
-        name,
-        str(num_ranks),
-        f"{found['kv_tokens']:,}",
-        f"{speed:,.0f}",
-        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "",
-    ]
+def table(results: dict[str, Any]) -> Table:
+    rows = []
+    for name, found in results["sides"].items():
+        row = [name, str(results["keywords"][name]["dp_size"])]
+        if "error" in found:
+            row += ["", "", f"failed: {found['error'][:60]}"]
+        else:
+            speed, ratio = found["tokens_per_second"]["median"], found.get("over_plain")
+            row += [f"{found['kv_tokens']:,}", f"{speed:,.0f}", ranged(ratio) if ratio else ""]
+        rows.append(row)
+    return HEADS, rows
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -158,8 +156,7 @@ def main() -> None:
         results = measure(args, Path(folder))
     name = "peers" if args.device == "cuda" and args.repeats >= 3 else "peers_quick"
     record(name, {"arguments": vars(args), **results})
-    ranks = {name: keywords["dp_size"] for name, keywords in results["keywords"].items()}
-    print(plain(HEADS, [cells(n, found, ranks[n]) for n, found in results["sides"].items()]))
+    print(plain(*table(results)))
     if error := results["sides"]["SiDP"].get("error"):
         sys.exit(f"error: SiDP failed: {error}")
 

@@ -4,8 +4,8 @@ The ranks of one group run as threads on the real pool over the real `shm` trans
 are paced, so that one fetch takes f; the compute of a layer is a sleep to an absolute deadline, τ
 after the last. Measured is the step time over the ideal (layers · τ), once the ranks have run a
 few steps from a common start. Beside it stands what the event model says for the same setting:
-with ranks in perfect lock-step for ever, as in the table of the project's brief, and with 2 %
-jitter and a random start, as on any real machine.
+with 2 % jitter and a random start, as on any real machine, and with ranks in perfect lock-step for
+ever.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench.record import record, spread
+from bench.tables import Table, plain, ranged
 from sidp_sgl.planner.event_model import Setting, relative_step_time
 from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.placement import DEFAULT_SLOTS, Placement
@@ -38,32 +39,6 @@ TOLERANCE = 0.03  # of the ideal step time: what counts as equally good
 
 # Order of the fetches, and whether readers take turns at an owner.
 IN_ORDER, SHIFTED, IN_TURNS = ("sequential", False), ("shifted", False), ("sequential", True)
-
-# The figures that the design started from: (ranks, f/τ) → step time over the ideal with in
-# order d−1 slots, shifted d−1 slots, in turns 2 slots, in turns 3 slots.
-SEEDS = {
-    (4, 0.5): (1.00, 1.25, 1.00, 1.00),
-    (4, 0.9): (1.31, 1.79, 1.00, 1.00),
-    (4, 1.0): (1.50, 2.00, 1.00, 1.00),
-    (8, 0.5): (1.75, 1.17, 1.00, 1.00),
-    (8, 0.9): (3.15, 1.62, 1.00, 1.00),
-    (8, 1.0): (3.50, 1.80, 1.16, 1.00),
-}
-SEEDS_WITH_JITTER = {(4, 0.9, 2): 1.27, (8, 0.9, 2): 1.11, (8, 0.9, 3): 1.01, (8, 1.0, 3): 1.02}
-
-
-def seeds_figure(setting: Setting) -> float | None:
-    num_ranks, fetch = setting.num_ranks, setting.fetch
-    if setting.jitter:
-        return SEEDS_WITH_JITTER.get((num_ranks, fetch, setting.num_slots))
-    columns = [
-        (*IN_ORDER, num_ranks - 1),
-        (*SHIFTED, num_ranks - 1),
-        (*IN_TURNS, 2),
-        (*IN_TURNS, 3),
-    ]
-    figures = dict(zip(columns, SEEDS[num_ranks, fetch], strict=True))
-    return figures.get((setting.order, setting.turns, setting.num_slots))
 
 
 def plan(num_layers: int, quick: bool) -> list[Setting]:
@@ -246,26 +221,27 @@ def best_choices(good: dict[tuple[int, float, float], set[Choice]]) -> list[dict
     ]
 
 
-HEADER = """\
-Step time over the ideal. Measured: median (min–max of the repeats) of all ranks; slowest rank.
-Model: with noise; in lock-step, all ranks and the slowest. Seeds: the table in the brief.
- d  f/τ  jitter order      slots  measured            slowest   noise  lock slowest   seeds"""
-
-
 def order_name(row: dict[str, Any]) -> str:
     return "in turns" if row["turns"] else row["order"]
 
 
-def table_row(row: dict[str, Any]) -> str:
-    measured, model = row["measured"], row["model"]
-    seeds = "" if row["seeds"] is None else f"{row['seeds']:.2f}"
-    return (
-        f"{row['num_ranks']:>2}  {row['fetch']:<4} {'10 %' if row['jitter'] else '':>6} "
-        f"{order_name(row):<10} {row['num_slots']:>5}  {measured['median']:.2f} "
-        f"({measured['min']:.2f}–{measured['max']:.2f})  {row['measured_slowest_rank']:>9.2f}  "
-        f"{model['with_noise']:>6.2f} {model['lockstep']:>5.2f} "
-        f"{model['lockstep_slowest_rank']:>7.2f}  {seeds:>6}"
-    )
+def table(results: dict[str, Any]) -> Table:
+    heads = ["d", "f/τ", "jitter", "order", "slots", "measured", "slowest rank", "event model"]
+    rows = [
+        [
+            str(row["num_ranks"]),
+            f"{row['fetch']:g}",
+            f"{row['jitter']:.0%}",
+            order_name(row),
+            str(row["num_slots"]),
+            ranged(row["measured"]),
+            f"{row['measured_slowest_rank']:.2f}",
+            f"{row['model']['with_noise']:.2f}",
+            f"{row['model']['lockstep']:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    return [*heads, "in lock-step"], rows
 
 
 def main() -> None:
@@ -297,36 +273,30 @@ def main() -> None:
             "measured_slowest_rank": statistics.median(r.slowest_rank for r in results),
             "sleeps_late_p99": max(result.late for result in results),
             "model": modelled(setting, warm_up, num_steps, args.seed),
-            "seeds": seeds_figure(setting),
         }
         for setting, results in runs.items()
     ]
     rows.sort(key=lambda row: (row["num_ranks"], row["fetch"], row["jitter"]))
     good = good_choices(rows)
     best = best_choices(good)
-    print(HEADER)
-    for row in rows:
-        print(table_row(row))
+    results = {
+        "unit": "step time over the ideal (layers · τ)",
+        "seed": args.seed,
+        "repeats": repeats,
+        "warm_up_steps": warm_up,
+        "measured_steps": num_steps,
+        "tau_ms": args.tau_ms,
+        "block_bytes": BLOCK_BYTES,
+        "default": {"order": "sequential", "turns": True, "slots": DEFAULT_SLOTS},
+        "tolerance": TOLERANCE,
+        "choices": best,
+        "rows": rows,
+    }
+    record("prefetch_order_quick" if args.quick else "prefetch_order", results)
+    print(plain(*table(results)))
     print(f"within {TOLERANCE} of the best, by number of settings (all {len(good)} is best):")
     for choice in best[:4]:
         print(f"  {order_name(choice)}, {choice['slots']} slots: {choice['good_in']}")
-    path = record(
-        "prefetch_order_quick" if args.quick else "prefetch_order",
-        {
-            "unit": "step time over the ideal (layers · τ)",
-            "seed": args.seed,
-            "repeats": repeats,
-            "warm_up_steps": warm_up,
-            "measured_steps": num_steps,
-            "tau_ms": args.tau_ms,
-            "block_bytes": BLOCK_BYTES,
-            "default": {"order": "sequential", "turns": True, "slots": DEFAULT_SLOTS},
-            "tolerance": TOLERANCE,
-            "choices": best,
-            "rows": rows,
-        },
-    )
-    print(f"written: {path.relative_to(path.parents[2])}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import argparse
 
 import numpy as np
 
-from bench.methods import HEADS, cells, compare
+from bench.methods import compare, table
 from bench.record import record
 from bench.tables import plain
 
@@ -42,7 +42,7 @@ def main() -> None:
     )
     name = "prefix_dispatch" if args.requests >= 2000 else "prefix_dispatch_quick"
     record(name, {"arguments": vars(args), "headers": HEADERS, **results})
-    print(plain(HEADS, [cells(method, row) for method, row in results["methods"].items()]))
+    print(plain(*table(results)))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
     }
 
 
+def over(values: Sequence[float], base: Sequence[float]) -> dict[str, float | int]:
+    """Spread of the ratios, repeat by repeat."""
+    return spread([a / b for a, b in zip(values, base, strict=True)])
+
+
 def record(name: str, results: dict[str, Any]) -> Path:
     """Write bench/results/NAME.json. `results`: JSON values, with seeds and repeats among them."""
     RESULTS.mkdir(exist_ok=True)

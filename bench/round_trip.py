@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bench.record import record
+from bench.tables import Table, plain
 from sidp_sgl.weightpool.cas.mailbox import Call, Outcome
 from sidp_sgl.weightpool.cas.requester import Requester
 from sidp_sgl.weightpool.cas.service import Service
@@ -164,8 +165,14 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {"p50": cut[49], "p90": cut[89], "p99": cut[98], "mean": statistics.fmean(values)}
 
 
-def shown(values: dict[str, float]) -> str:
-    return f"{values['p50']:.0f} ({values['p90']:.0f})"
+def table(results: dict[str, Any]) -> Table:
+    columns = [*PARTS, "round trip", "computed here"]
+    heads = ["situation", "rows", *(f"{column} (µs)" for column in columns)]
+    rows = [
+        [row["situation"], str(row["rows"]), *(f"{row[column]['p50']:.0f}" for column in columns)]
+        for row in results["microseconds"]
+    ]
+    return heads, rows
 
 
 def main() -> None:
@@ -176,17 +183,15 @@ def main() -> None:
     parser.add_argument("--situations", nargs="+", default=SITUATIONS)
     args = parser.parse_args()
     on_core(0)
-    results = []
-    columns = [*PARTS, "round trip", "computed here"]
-    print("microseconds, median (90th percentile)")
-    print(" | ".join(["situation", "rows", *columns]))
+    rows = []
     for situation in args.situations:
         for num_rows in args.rows:
             parts = {k: percentiles(v) for k, v in measure(situation, num_rows, args).items()}
-            results.append({"situation": situation, "rows": num_rows, **parts})
-            cells = [shown(parts[column]) for column in columns]
-            print(" | ".join([situation, str(num_rows), *cells]), flush=True)
-    record("round_trip", {"arguments": vars(args), "microseconds": results})
+            rows.append({"situation": situation, "rows": num_rows, **parts})
+            print(f"{situation}, {num_rows} rows", file=sys.stderr)
+    results = {"arguments": vars(args), "microseconds": rows}
+    record("round_trip", results)
+    print(plain(*table(results)))
 
 
 if __name__ == "__main__":

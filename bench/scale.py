@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.record import record
 from bench.simulator import Job, Lengths, Report, Settings, make_requests, simulate
-from bench.tables import markdown, plain, put_into
+from bench.tables import Table, plain
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.gpus import find_gpu
 from sidp_sgl.planner.machine import Machine
@@ -127,31 +127,39 @@ def gpu_row(
     }
 
 
-def cells_groups(row: dict[str, Any]) -> list[str]:
-    return [
-        str(row["ranks"]),
-        row["setting"],
-        f"{row['kv_tokens']:,}",
-        f"{row['mean_batch']:.0f}",
-        f"{row['tokens_per_second_per_gpu']:.0f}",
-        f"{row['idle_share']:.1%}",
+def group_table(results: dict[str, Any]) -> Table:
+    rows = [
+        [
+            str(row["ranks"]),
+            row["setting"],
+            f"{row['kv_tokens']:,}",
+            f"{row['mean_batch']:.0f}",
+            f"{row['tokens_per_second_per_gpu']:.0f}",
+            f"{row['idle_share']:.1%}",
+        ]
+        for row in results["groups"]
     ]
+    return HEADS_GROUPS, rows
 
 
-def cells_gpus(row: dict[str, Any]) -> list[str]:
-    return [
-        f"{row['gpus']:,}",
-        row["arrivals"],
-        row["setting"],
-        row["dispatcher"],
-        f"{row['requests']:,}",
-        f"{row['tokens_per_second_per_gpu']:.0f}",
-        f"{row['idle_share']:.1%}",
-        f"{row['busiest_over_mean']:.2f}",
-        f"{row['p50']:.1f}",
-        f"{row['p99']:.1f}",
-        f"{row['wall_seconds']:.1f}",
+def gpu_table(results: dict[str, Any]) -> Table:
+    rows = [
+        [
+            f"{row['gpus']:,}",
+            row["arrivals"],
+            row["setting"],
+            row["dispatcher"],
+            f"{row['requests']:,}",
+            f"{row['tokens_per_second_per_gpu']:.0f}",
+            f"{row['idle_share']:.1%}",
+            f"{row['busiest_over_mean']:.2f}",
+            f"{row['p50']:.1f}",
+            f"{row['p99']:.1f}",
+            f"{row['wall_seconds']:.1f}",
+        ]
+        for row in results["gpus"]
     ]
+    return HEADS_GPUS, rows
 
 
 def main() -> None:
@@ -162,17 +170,18 @@ def main() -> None:
     parser.add_argument("--group-requests", type=int, default=600, help="per rank of one group")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    groups, gpus = of_groups(args), of_gpus(args)
-    name = "scale" if args.num_gpus == list(NUM_GPUS) else "scale_quick"
-    about = {"model": MODEL, "gpu": GPU, "load": LOAD, "repeats": 1}
-    record(name, {"arguments": vars(args), **about, "groups": groups, "gpus": gpus})
-    tables = [
-        (HEADS_GROUPS, [cells_groups(row) for row in groups]),
-        (HEADS_GPUS, [cells_gpus(row) for row in gpus]),
-    ]
-    print("\n\n".join(plain(heads, rows) for heads, rows in tables))
-    if name == "scale":
-        put_into("simulator.md", "scale", "\n\n".join(markdown(h, rows) for h, rows in tables))
+    results = {
+        "arguments": vars(args),
+        "model": MODEL,
+        "gpu": GPU,
+        "load": LOAD,
+        "repeats": 1,
+        "groups": of_groups(args),
+        "gpus": of_gpus(args),
+    }
+    record("scale" if args.num_gpus == list(NUM_GPUS) else "scale_quick", results)
+    print(plain(*group_table(results)))
+    print(plain(*gpu_table(results)))
 
 
 if __name__ == "__main__":

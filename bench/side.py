@@ -2,20 +2,35 @@
 and repeats alternate between them. An idle engine's ranks sleep."""
 
 import contextlib
-import multiprocessing
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from sglang.srt.managers.io_struct import SetInternalStateReq
+from bench import offline
+from bench.offline import JobResult
 
-from bench.offline import JobResult, run_job, shut_down, start_engine
+ROOT = Path(__file__).parents[1]
+STOP_SECONDS = 60.0
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    """Every repeat begins with another side."""
+    by %= len(names)
+    return names[by:] + names[:by]
 
 
 class Side:
     """`environment` and `keywords` as for sgl.Engine; use as a context manager. An engine that has
-    not started within `start_seconds` is ended."""
+    not started within `start_seconds` is ended. `tree`: the checkout whose `sidp_sgl` it runs.
+
+    The engine's process is in a session of its own, which neither a terminal's Ctrl-C nor a signal
+    to this process's group reaches: it ends, and leaves nothing, when this process does.
+    """
 
     def __init__(
         self,
@@ -23,32 +38,55 @@ class Side:
         environment: dict[str, str],
         keywords: dict[str, Any],
         start_seconds: float = 900.0,
+        tree: Path = ROOT,
     ) -> None:
         self.name = name
-        self._start_seconds = start_seconds
         self.dp_size = keywords["dp_size"]
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, environment, keywords))
-        self._process.start()
-        child.close()
+        self._start_seconds = start_seconds
+        self._tree = tree
+        near, far = socket.socketpair()
+        path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", offline.__file__, str(far.fileno())],  # -P: `path` alone counts
+            env={**os.environ, **environment, "PYTHONPATH": path},
+            pass_fds=[far.fileno()],
+            start_new_session=True,
+        )
+        far.close()
+        self._pipe = Connection(near.detach())
+        self._pipe.send(keywords)
 
     def __enter__(self) -> "Side":
-        if not self._pipe.poll(self._start_seconds):
-            self._process.kill()
-            raise RuntimeError(f"{self.name}: not started within {self._start_seconds:.0f} s")
-        self._answer()  # started
+        try:
+            if not self._pipe.poll(self._start_seconds):
+                raise RuntimeError(f"{self.name}: not started within {self._start_seconds:.0f} s")
+            package = self._answer()
+            if not Path(package).is_relative_to(self._tree):
+                raise RuntimeError(f"{self.name}: runs {package}, which is not of {self._tree}")
+        except BaseException:
+            self._end()
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._process.poll() is None:
             self._pipe.send(None)
-        self._process.join(60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+        self._end()
+
+    def _end(self) -> None:
+        """However far it is."""
+        self._pipe.close()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
     def run(self, prompts: Sequence[Any], sampling: Any, **options: Any) -> JobResult:
         """`run_job` with these options, after emptying the prefix cache."""
         self._pipe.send(("run", prompts, sampling, options))
-        return self._answer()
+        return JobResult(**self._answer())
 
     def states(self) -> list[dict[str, Any]]:
         """By rank. SGLang tells them as they arrive, and plain ranks don't say which they are:
@@ -75,28 +113,3 @@ class Side:
 def _place(state: dict[str, Any]) -> Any:
     """`startup_time` is a dictionary of measured times: no two ranks have the same."""
     return state["sidp"]["dp_rank"] if "sidp" in state else repr(state["startup_time"])
-
-
-def _serve(pipe: Connection, environment: dict[str, str], keywords: dict[str, Any]) -> None:
-    os.environ.update(environment)
-    engine = start_engine(**keywords)
-    try:
-        pipe.send("started")
-        while (request := pipe.recv()) is not None:
-            try:
-                if request[0] == "run":
-                    engine.flush_cache()
-                    _, prompts, sampling, options = request
-                    pipe.send(run_job(engine, keywords["dp_size"], prompts, sampling, **options))
-                elif request[0] == "update":
-                    values = SetInternalStateReq(server_args=request[1])
-                    answers = engine.tokenizer_manager.set_internal_state(values)
-                    pipe.send(engine.loop.run_until_complete(answers))
-                else:
-                    pipe.send(engine.get_server_info()["internal_states"])
-            except Exception as error:
-                pipe.send(RuntimeError(str(error)))
-    except EOFError:
-        pass
-    finally:
-        shut_down(engine)

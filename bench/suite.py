@@ -29,11 +29,11 @@ class Bench:
 
 BENCHES = (
     Bench("prefetch_order", 2, 5),
-    Bench("was_throughput", 14, 3),
+    Bench("was_throughput", 20, 6),
     Bench("round_trip", 2, 1),
     Bench("owner_share", 8, 2),
     Bench("iteration_time", 10, 20),
-    Bench("tail", 20, 6),
+    Bench("tail", 20, 10),
     Bench("growth", 20, 8),
     Bench("validate_model", 8, 12),
     Bench("paper", 1, 4),

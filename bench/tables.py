@@ -1,9 +1,8 @@
-"""Tables that benches write into docs: the text between two marks is theirs."""
+"""Tables of results, for the terminal and for docs/benchmarks.md."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-DOCS = Path(__file__).parents[1] / "docs"
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heads, rows of cells
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -24,14 +23,7 @@ def plain(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def put_into(page: str, name: str, text: str) -> None:
-    """Replace what stands between the marks `<!-- NAME -->` and `<!-- /NAME -->` of docs/PAGE.
-
-    Raises ValueError where a mark is missing."""
-    path = DOCS / page
-    content = path.read_text()
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if content.count(begin) != 1 or content.count(end) != 1:
-        raise ValueError(f"docs/{page} needs the marks of {name} once each")
-    head, rest = content.split(begin)
-    path.write_text(head + begin + text.strip() + "\n" + end + rest.split(end)[1])
+def ranged(values: Mapping[str, float], decimals: int = 2) -> str:
+    """Median (minimum to maximum) of a `record.spread`."""
+    middle, low, high = (f"{values[key]:.{decimals}f}" for key in ("median", "min", "max"))
+    return f"{middle} ({low} to {high})"

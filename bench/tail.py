@@ -2,8 +2,11 @@
 
 Most requests are short, a few are long: the job ends with small batches on few ranks, where the
 fetches of a step take several times its compute. The link is paced so that they take four times
-the step of one plain rank alone at batch 1, for WaS and auto alike. All sides are up at once:
-about 20 GB of memory, five minutes on two cores.
+the step of one plain rank alone at batch 1, for WaS and auto alike.
+
+Three engines are up at once: plain DP, SiDP with SGLang's dispatcher, which plain DP has, and SiDP
+with its own. WaS only and auto are the same engine, whose batch threshold is set before each job.
+About 20 GB of memory, ten minutes on two cores.
 """
 
 import argparse
@@ -11,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +23,47 @@ from bench.constant_batch import ENVIRONMENT, KEYWORDS, run_steps
 from bench.demo_job import CHECKPOINT, fetched_bytes, link_gbps, make_prompts
 from bench.figures import COLOURS, LABELS, figure
 from bench.offline import JobResult
-from bench.record import record, spread
-from bench.side import Side
+from bench.record import over, record, spread
+from bench.side import Side, rotated
+from bench.tables import Table, plain, ranged
 
-SIDES = ["plain", "was", "auto"]
+
+@dataclass(frozen=True)
+class Run:
+    """A job on one of the engines; `mode` is None in plain DP."""
+
+    engine: str
+    mode: str | None = None
+
+    @property
+    def label(self) -> str:
+        return " ".join(filter(None, [LABELS[self.mode or "plain"], DISPATCHERS[self.engine]]))
+
+
+DISPATCHERS = {"plain": "", "round_robin": "(SGLang's dispatcher)", "sidp": "(own dispatcher)"}
+RUNS = {
+    "plain": Run("plain"),
+    "was_round_robin": Run("round_robin", "was"),
+    "was": Run("sidp", "was"),
+    "auto_round_robin": Run("round_robin", "auto"),
+    "auto": Run("sidp", "auto"),
+}
+THRESHOLDS = {"was": 1, "auto": 0}  # 0: as the ranks measure it
 FETCH_OVER_STEP = 4.0  # of one plain rank alone at batch 1
 STATUS_SECONDS = 0.25  # between two looks at the ranks' counters
 BUCKETS = 20  # of a job's time
 REPEATS = 3
+HEADS = [
+    "",
+    "KV tokens per rank",
+    "mean batch",
+    "seconds",
+    "tokens/s",
+    "over plain DP",
+    "over SGLang's dispatcher",
+    "over WaS",
+    "steps in WaS",
+]
 
 
 def output_lengths(args: argparse.Namespace) -> list[int]:
@@ -37,50 +74,58 @@ def output_lengths(args: argparse.Namespace) -> list[int]:
     return np.clip(np.rint(lengths), 4, args.max_tokens).astype(int).tolist()
 
 
-def keywords(side: str, gbps: float | None, dp_size: int) -> dict[str, Any]:
-    common = {
+def start(stack: ExitStack, engine: str, gbps: float | None, args: argparse.Namespace) -> Side:
+    keywords: dict[str, Any] = {
         "model_path": str(CHECKPOINT),
-        "dp_size": dp_size,
+        "dp_size": args.dp_size,
         "skip_tokenizer_init": True,
         **KEYWORDS,
     }
-    if side == "plain":
-        return common
-    return {**common, "sidp": True, "sidp_mode": side, "sidp_link_gbps": gbps}
+    if engine != "plain":
+        keywords |= {"sidp": True, "load_balance_method": engine, "sidp_link_gbps": gbps}
+    environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": args.device_memory}
+    print(f"starting {engine}", file=sys.stderr)
+    return stack.enter_context(Side(engine, environment, keywords))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Side → its runs, KV tokens per rank, and the link that WaS and auto had."""
-    environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": args.device_memory}
+    """The results of every run, KV tokens per rank, and the link that SiDP had."""
     prompts = make_prompts(args.requests, args.input_tokens, args.seed)
     sampling = [
         {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
         for length in output_lengths(args)
     ]
-    gbps, first_step = args.link_gbps, None
-    sides: dict[str, Side] = {}
-    runs: dict[str, list[JobResult]] = {name: [] for name in SIDES}
+    results: dict[str, list[JobResult]] = {name: [] for name in RUNS}
     with ExitStack() as stack:
-        for name in SIDES:  # one after another: auto calibrates on a quiet machine
-            print(f"starting {LABELS[name]}", file=sys.stderr)
-            side = Side(LABELS[name], environment, keywords(name, gbps, args.dp_size))
-            sides[name] = stack.enter_context(side)
-            if name == "plain":
-                # The fastest: a step that was disturbed would make the link too slow.
-                first_step = min(run_steps(side, 1, 48, [0], args.seed).seconds for _ in range(6))
-                gbps = gbps or link_gbps(args.dp_size, FETCH_OVER_STEP * first_step)
-            side.run(prompts[: 4 * args.dp_size], {**sampling[0], "max_new_tokens": 24})  # warm-up
+        sides = {"plain": start(stack, "plain", None, args)}
+        # The fastest: a step that was disturbed would make the link too slow.
+        steps = [run_steps(sides["plain"], 1, 48, [0], args.seed) for _ in range(6)]
+        first_step = min(step.seconds for step in steps)
+        gbps = args.link_gbps or link_gbps(args.dp_size, FETCH_OVER_STEP * first_step)
+        for engine in ("round_robin", "sidp"):  # one after another: they calibrate
+            sides[engine] = start(stack, engine, gbps, args)
+        for side in sides.values():  # warm-up
+            side.run(prompts[: 4 * args.dp_size], {**sampling[0], "max_new_tokens": 24})
         for repeat in range(args.repeats):
-            for name, side in sides.items():
+            for name in rotated(list(RUNS), repeat):
+                run = RUNS[name]
+                side = sides[run.engine]
+                if run.mode:
+                    side.update(sidp_batch_threshold=THRESHOLDS[run.mode])
                 result = side.run(prompts, sampling, status_seconds=STATUS_SECONDS)
-                runs[name].append(result)
+                results[name].append(result)
                 print(
-                    f"{repeat + 1}/{args.repeats} {side.name}: {result.seconds:.1f} s, "
+                    f"{repeat + 1}/{args.repeats} {run.label}: {result.seconds:.1f} s, "
                     f"{result.tokens_per_second:.0f} tokens/s",
                     file=sys.stderr,
                 )
         kv = {n: s.states()[0]["memory_usage"]["token_capacity"] for n, s in sides.items()}
-    return {"link_gbps": gbps, "first_step_seconds": first_step, "kv_tokens": kv, "runs": runs}
+    return {
+        "link_gbps": gbps,
+        "first_step_seconds": first_step,
+        "kv_tokens": {name: kv[run.engine] for name, run in RUNS.items()},
+        "runs": results,
+    }
 
 
 def steps_until(result: JobResult, mode: str, moments: Sequence[float]) -> np.ndarray:
@@ -106,50 +151,47 @@ def over_time(result: JobResult, has_modes: bool) -> dict[str, list[float | None
     return {"batch": means, "cas_share": shares}
 
 
-def side_row(name: str, runs: dict[str, list[JobResult]]) -> dict[str, Any]:
-    results = runs[name]
-    has_modes = name != "plain"
+def row_of(name: str, runs: dict[str, list[JobResult]]) -> dict[str, Any]:
+    results, run = runs[name], RUNS[name]
+    speeds = {each: [result.tokens_per_second for result in runs[each]] for each in runs}
     row: dict[str, Any] = {
-        "tokens_per_second": spread([result.tokens_per_second for result in results]),
+        "tokens_per_second": spread(speeds[name]),
         "seconds": spread([result.seconds for result in results]),
         "mean_batch": statistics.median(result.mean_batch for result in results),
-        "over_time": [over_time(result, has_modes) for result in results],
+        "over_time": [over_time(result, run.mode is not None) for result in results],
     }
-    if has_modes:
-        pairs = zip(results, runs["plain"], strict=True)
-        row["over_plain"] = spread([a.tokens_per_second / b.tokens_per_second for a, b in pairs])
+    if run.mode is not None:
+        row["over_plain"] = over(speeds[name], speeds["plain"])
         steps = [
             [float(steps_until(result, mode, [float("inf")])[0]) for mode in ("was", "cas")]
             for result in results
         ]
         row["was_share"] = statistics.median(was / max(1.0, was + cas) for was, cas in steps)
-    if name == "auto":
-        pairs = zip(results, runs["was"], strict=True)
-        row["over_was"] = spread([a.tokens_per_second / b.tokens_per_second for a, b in pairs])
+    if run.engine == "sidp":
+        row["over_round_robin"] = over(speeds[name], speeds[f"{name}_round_robin"])
+    if run.mode == "auto":
+        row["over_was"] = over(speeds[name], speeds[name.replace("auto", "was")])
         last = results[-1].statuses[-1][1]
         row["thresholds"] = [status["batch_threshold"] for status in last]
     return row
 
 
-def print_table(rows: dict[str, dict[str, Any]], kv: dict[str, int]) -> None:
-    def text(values: dict[str, Any] | None, decimals: int) -> str:
-        if values is None:
-            return ""
-        low, high = (f"{values[end]:.{decimals}f}" for end in ("min", "max"))
-        return f"{values['median']:.{decimals}f} ({low}–{high})"
-
-    print(f"{'':>8} {'KV tokens':>9} {'mean batch':>10} {'seconds':>7} {'tokens/s':>16}", end=" ")
-    print(f"{'over plain DP':>18} {'over WaS':>18}  steps in WaS")
-    for name, row in rows.items():
-        print(
-            f"{LABELS[name]:>8} {kv[name]:>9,} {row['mean_batch']:>10.1f} "
-            f"{row['seconds']['median']:>7.1f} {text(row['tokens_per_second'], 0):>16} "
-            f"{text(row.get('over_plain'), 2):>18} {text(row.get('over_was'), 2):>18}",
-            f" {row['was_share']:.0%}" if "was_share" in row else "",
+def table(results: dict[str, Any]) -> Table:
+    rows = []
+    for name, row in results["sides"].items():
+        ratios = (row.get(key) for key in ("over_plain", "over_round_robin", "over_was"))
+        rows.append(
+            [
+                RUNS[name].label,
+                f"{results['kv_tokens'][name]:,}",
+                f"{row['mean_batch']:.1f}",
+                f"{row['seconds']['median']:.1f}",
+                ranged(row["tokens_per_second"], 0),
+                *(ranged(ratio) if ratio else "" for ratio in ratios),
+                f"{row['was_share']:.0%}" if "was_share" in row else "",
+            ]
         )
-    print(
-        "The paper (DP8): WaS 1.07–1.09, both 1.27–1.32 over plain DP; over 90 % of steps in WaS."
-    )
+    return HEADS, rows
 
 
 def middle(row: dict[str, Any], key: str) -> list[float]:
@@ -161,15 +203,27 @@ def middle(row: dict[str, Any], key: str) -> list[float]:
 
 def draw(name: str, rows: dict[str, dict[str, Any]]) -> None:
     with figure(name, 3, 12, 3.6) as (speed, batch, modes):
-        for index, (side, row) in enumerate(rows.items()):
+        for index, (key, row) in enumerate(rows.items()):
+            run = RUNS[key]
+            colour = COLOURS[run.mode or "plain"]
+            is_theirs = run.engine == "round_robin"
             values, seconds = row["tokens_per_second"], row["seconds"]["median"]
             middle_value = values["median"]
             error = [[middle_value - values["min"]], [values["max"] - middle_value]]
-            speed.bar(index, middle_value, yerr=error, color=COLOURS[side], capsize=4)
+            speed.barh(
+                -index,
+                middle_value,
+                xerr=error,
+                color=colour,
+                alpha=0.5 if is_theirs else 1,
+                capsize=4,
+            )
             when = (np.arange(BUCKETS) + 0.5) * seconds / BUCKETS
-            batch.plot(when, middle(row, "batch"), color=COLOURS[side], label=LABELS[side])
-        speed.set_xticks(range(len(rows)), [LABELS[side] for side in rows])
-        speed.set_ylabel("tokens per second")
+            if not is_theirs:
+                batch.plot(when, middle(row, "batch"), color=colour, label=run.label)
+        labels = [RUNS[key].label.replace(" (", "\n(") for key in rows]
+        speed.set_yticks([-index for index in range(len(rows))], labels)
+        speed.set_xlabel("tokens per second")
         batch.set_xlabel("time (s)")
         batch.set_ylabel("running requests per rank")
         batch.legend(frameon=False)
@@ -199,17 +253,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    result = measure(args)
-    runs = result.pop("runs")
-    rows = {name: side_row(name, runs) for name in SIDES}
+    results = {"arguments": vars(args), **measure(args)}
+    runs = results.pop("runs")
     lengths = output_lengths(args)
+    results |= {
+        "output_lengths": lengths,
+        "sides": {name: row_of(name, runs) for name in RUNS},
+    }
     name = "tail" if args.repeats >= REPEATS else "tail_quick"
-    record(name, {"arguments": vars(args), **result, "output_lengths": lengths, "sides": rows})
-    draw(name, rows)
-    fetch = fetched_bytes(args.dp_size) / result["link_gbps"] / 1e6
+    record(name, results)
+    draw(name, results["sides"])
+    fetch = fetched_bytes(args.dp_size) / results["link_gbps"] / 1e6
     print(f"Outputs of {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all.", end=" ")
-    print(f"The fetches of a step take {fetch:.1f} ms ({result['link_gbps']:.3f} GB/s per link).")
-    print_table(rows, result["kv_tokens"])
+    print(f"The fetches of a step take {fetch:.1f} ms ({results['link_gbps']:.3f} GB/s per link).")
+    print(plain(*table(results)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from bench.demo_job import make_prompts
 from bench.record import record
 from bench.side import Side
 from bench.simulator import Request
-from bench.tables import markdown, plain, put_into
+from bench.tables import plain
 from bench.validation_predictions import Predictions
 from bench.validation_table import BAND, Row, summary, table
 from sidp_sgl.planner.machine import Machine
@@ -184,8 +184,7 @@ def main() -> None:
     if args.quick:
         args.ranks, args.sides = [2], ["plain", "was"]
     args.sides = [name for name in SIDES if name in args.sides or name == "plain"]
-    results: list[dict[str, Any]] = []
-    rows: list[Row] = []
+    groups: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = write_checkpoint(
             Path(folder) / "model",
@@ -197,17 +196,13 @@ def main() -> None:
             max_shard_bytes=64 * MiB,
         )
         for num_ranks in args.ranks:
-            validation = Validation(model, num_ranks, args)
-            results.append(validation.run(Path(folder)))
-            rows += validation.rows
+            groups.append(Validation(model, num_ranks, args).run(Path(folder)))
     is_complete = tuple(args.sides) == SIDES and args.ranks == [2, 4]
     name = "validate_model" if is_complete else "validate_model_quick"
-    record(name, {"arguments": vars(args), "band": BAND, "groups": results})
-    print(plain(*table(rows)))
-    text = summary(rows, max(group["drift"] for group in results))
-    print(text)
-    if is_complete:
-        put_into("planner.md", "validated", f"{markdown(*table(rows))}\n\n{text}")
+    results = {"arguments": vars(args), "band": BAND, "groups": groups}
+    record(name, results)
+    print(plain(*table(results)))
+    print(summary(results))
 
 
 if __name__ == "__main__":

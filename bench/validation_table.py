@@ -2,6 +2,10 @@
 
 import dataclasses
 import statistics
+from typing import Any
+
+from bench.figures import LABELS
+from bench.tables import Table
 
 BAND = 0.2  # relative error
 
@@ -26,29 +30,36 @@ class Row:
         return abs(self.error) <= BAND
 
 
-def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+def rows_of(results: dict[str, Any]) -> list[Row]:
+    names = [field.name for field in dataclasses.fields(Row)]
+    rows = (row for group in results["groups"] for row in group["rows"])
+    return [Row(**{name: row[name] for name in names}) for row in rows]
+
+
+def table(results: dict[str, Any]) -> Table:
     heads = ["d", "what", "engine", "batch", "predicted", "measured", "error", "in the band"]
-    names = {"plain": "plain DP", "was": "WaS", "cas": "CaS", "auto": "auto"}
     cells = [
         [
             str(row.ranks),
             row.what,
-            names[row.side],
+            LABELS[row.side],
             str(row.batch or ""),
             f"{row.predicted:,.1f}",
             f"{row.measured:,.1f}",
             f"{row.error:+.0%}",
             "yes" if row.agrees else "no",
         ]
-        for row in rows
+        for row in rows_of(results)
     ]
     return heads, cells
 
 
-def summary(rows: list[Row], drift: float) -> str:
-    """`drift`: how far the calibrations before and after lie apart, relative."""
+def summary(results: dict[str, Any]) -> str:
+    """How many rows are in the band, and how far the calibrations before and after lie apart."""
+    rows = rows_of(results)
     inside = sum(row.agrees for row in rows)
     errors = sorted(abs(row.error) for row in rows)
+    drift = max(group["drift"] for group in results["groups"])
     return (
         f"{inside} of {len(rows)} within {BAND:.0%}; median error {statistics.median(errors):.0%}, "
         f"largest {errors[-1]:.0%}. Between the calibrations before and after, the machine's own "

@@ -1,77 +1,118 @@
-"""Tokens per second of SiDP (WaS) over plain DP at the same device memory, both sides in one run.
+"""Tokens per second of SiDP (WaS) over plain DP at the same device memory, all sides in one run.
 
 Two settings of the demo model on four CPU ranks: KV short (little device memory, as DP has on
-GPUs whose weights fill them) and KV plentiful (nothing to gain: the honest overhead).
+GPUs whose weights fill them) and KV plentiful (nothing to gain: the honest overhead). SiDP runs
+with SGLang's dispatcher, as plain DP does, which shows what pooling gives, and with its own, which
+shows what dispatch adds. Three engines are up at once: 16 GB of memory.
 """
 
 import argparse
 import statistics
+import sys
+from contextlib import ExitStack
+from typing import Any
 
 from bench.demo_job import CHECKPOINT, make_prompts
-from bench.record import record
-from bench.side import Side
+from bench.offline import JobResult
+from bench.record import over, record, spread
+from bench.side import Side, rotated
+from bench.tables import Table, plain, ranged
 
 SETTINGS = {"short": "7.9MB", "plentiful": "256MB"}
 DP_SIZE = 4
+SIDP = {"sidp": True, "sidp_mode": "was"}
+SIDES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "round_robin": {**SIDP, "load_balance_method": "round_robin"},  # what "auto" is in plain DP
+    "sidp": SIDP,
+}
+HEADS = [
+    "KV cache",
+    "KV tokens per rank",
+    "mean batch",
+    "tokens/s: plain DP",
+    "SiDP, SGLang's dispatcher",
+    "SiDP, own dispatcher",
+    "pooling gives",
+    "dispatch adds",
+    "both",
+]
 
 
-def measure(device_memory: str, args: argparse.Namespace) -> dict:
+def measure(device_memory: str, args: argparse.Namespace) -> dict[str, Any]:
     common = {"model_path": str(CHECKPOINT), "dp_size": DP_SIZE, "skip_tokenizer_init": True}
     environment = {"SIDP_CPU_DEVICE_MEMORY": device_memory}
     prompts = make_prompts(args.requests, args.input_tokens, args.seed)
     sampling = {"temperature": 0, "max_new_tokens": args.output_tokens, "ignore_eos": True}
-    with (
-        Side("plain DP", environment, common) as plain,
-        Side("SiDP", environment, {**common, "sidp": True, "sidp_mode": "was"}) as pooled,
-    ):
-        for side in (plain, pooled):
+    runs: dict[str, list[JobResult]] = {name: [] for name in SIDES}
+    with ExitStack() as stack:
+        sides = {
+            name: stack.enter_context(Side(name, environment, {**common, **keywords}))
+            for name, keywords in SIDES.items()
+        }
+        for side in sides.values():
             side.run(prompts[: 4 * DP_SIZE], sampling)  # warm-up
-        runs = [
-            (plain.run(prompts, sampling), pooled.run(prompts, sampling))
-            for _ in range(args.repeats)
-        ]
-        states = {side.name: side.states() for side in (plain, pooled)}
-    ratios = [b.tokens_per_second / a.tokens_per_second for a, b in runs]
-    sidp = [state["sidp"] for state in states["SiDP"]]
+        for repeat in range(args.repeats):
+            for name in rotated(list(sides), repeat):
+                result = sides[name].run(prompts, sampling)
+                runs[name].append(result)
+                print(
+                    f"{device_memory} {repeat + 1}/{args.repeats} {name}: "
+                    f"{result.tokens_per_second:.0f} tokens/s",
+                    file=sys.stderr,
+                )
+        states = {name: side.states() for name, side in sides.items()}
+    speeds = {name: [run.tokens_per_second for run in results] for name, results in runs.items()}
+    sidp = [state["sidp"] for state in states["sidp"]]
     assert all(status["was"]["fetches"] > 0 for status in sidp)
     return {
         "device_memory": device_memory,
         "kv_tokens": {n: s[0]["memory_usage"]["token_capacity"] for n, s in states.items()},
-        "tokens_per_second": {
-            name: [run[index].tokens_per_second for run in runs]
-            for index, name in enumerate(("plain DP", "SiDP"))
-        },
+        "tokens_per_second": {name: spread(values) for name, values in speeds.items()},
         "mean_batch": {
-            name: statistics.median(run[index].mean_batch for run in runs)
-            for index, name in enumerate(("plain DP", "SiDP"))
+            name: statistics.median(run.mean_batch for run in results)
+            for name, results in runs.items()
         },
-        "ratios": ratios,
-        "median_ratio": statistics.median(ratios),
+        "pooling_gives": over(speeds["round_robin"], speeds["plain"]),
+        "dispatch_adds": over(speeds["sidp"], speeds["round_robin"]),
+        "both_give": over(speeds["sidp"], speeds["plain"]),
         "stall_seconds": sum(status["was"]["stall_seconds"] for status in sidp),
         "fetched_bytes": sum(status["was"]["bytes"] for status in sidp),
-        "same_outputs": [a.outputs == b.outputs for a, b in runs],
+        "same_outputs": [
+            all(result.outputs == of_a_repeat[0].outputs for result in of_a_repeat)
+            for of_a_repeat in zip(*runs.values(), strict=True)
+        ],
     }
+
+
+def table(results: dict[str, Any]) -> Table:
+    rows = [
+        [
+            f"{name} ({result['device_memory']})",
+            " → ".join(f"{result['kv_tokens'][side]:,}" for side in ("plain", "sidp")),
+            " → ".join(f"{batch:.1f}" for batch in result["mean_batch"].values()),
+            *(ranged(speed, 0) for speed in result["tokens_per_second"].values()),
+            *(ranged(result[what]) for what in ("pooling_gives", "dispatch_adds", "both_give")),
+        ]
+        for name, result in results["settings"].items()
+    ]
+    return HEADS, rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--input-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    results = {name: measure(memory, args) for name, memory in SETTINGS.items()}
-    record("was_throughput", {"arguments": vars(args), "dp_size": DP_SIZE, **results})
-    print(f"{'KV':>10} {'tokens plain':>13} {'SiDP':>7} {'tok/s plain':>12} {'SiDP':>7}  ratio")
-    for name, result in results.items():
-        kv, speed = result["kv_tokens"], result["tokens_per_second"]
-        print(
-            f"{name:>10} {kv['plain DP']:>13,} {kv['SiDP']:>7,} "
-            f"{statistics.median(speed['plain DP']):>12,.0f} "
-            f"{statistics.median(speed['SiDP']):>7,.0f}  {result['median_ratio']:.2f} "
-            f"({min(result['ratios']):.2f} to {max(result['ratios']):.2f})"
-        )
+    settings = {name: measure(SETTINGS[name], args) for name in args.settings}
+    results = {"arguments": vars(args), "dp_size": DP_SIZE, "settings": settings}
+    name = "was_throughput" if args.settings == list(SETTINGS) else "was_throughput_quick"
+    record(name, results)
+    print(plain(*table(results)))
 
 
 if __name__ == "__main__":

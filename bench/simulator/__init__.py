@@ -1,13 +1,11 @@
 """Discrete-event simulator: requests on groups of ranks, from one group to thousands of GPUs.
 
-Room: planner; pure, neither torch nor SGLang. `simulate` is the way in; docs/simulator.md tells
-what is modelled.
+Neither torch nor SGLang; `simulate` is the way in, docs/simulator.md tells what is modelled.
 """
 
 from bench.simulator.job import Job, Lengths, Request, make_requests
 from bench.simulator.report import RankReport, Report
-from bench.simulator.settings import Settings
-from bench.simulator.simulate import simulate
+from bench.simulator.simulate import Settings, simulate
 
 __all__ = [
     "Job",

@@ -1,7 +1,4 @@
-"""Which rank, or which group, gets a request; by SGLang's names of the methods.
-
-Room: planner; pure.
-"""
+"""Which rank, or which group, gets a request; by SGLang's names of the methods."""
 
 from collections.abc import Sequence
 from typing import Protocol, TypeVar

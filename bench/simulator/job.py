@@ -1,6 +1,6 @@
 """Jobs: how many requests of which lengths arrive when.
 
-Room: planner; pure. The same job and seed give the same requests, whatever runs them.
+The same job and seed give the same requests, whatever runs them.
 """
 
 import math

@@ -1,6 +1,5 @@
 """The engine's own choice of mode, step by step: StepModes, ModePolicy, StepTimes, ServiceShare.
-
-Room: planner; pure, but for what `scheduler` imports. Only the messages between ranks are replaced.
+Only the messages between ranks are replaced.
 """
 
 from collections.abc import Mapping

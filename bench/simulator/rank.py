@@ -1,7 +1,4 @@
-"""One rank: its next step, and what the step has done when it ends.
-
-Room: planner; pure.
-"""
+"""One rank: its next step, and what the step has done when it ends."""
 
 import random
 
@@ -10,15 +7,14 @@ from bench.simulator.dispatch import Load
 from bench.simulator.job import Request
 from bench.simulator.modes import RankModes, Service
 from bench.simulator.rank_queue import RankQueue
-from bench.simulator.report import LOCAL, PREFILL, RankReport, Timeline
-from sidp_sgl.scheduler.modes.policy import CAS
+from bench.simulator.report import LOCAL, PREFILL, RankReport
 
 _LEAST = 0.1  # of a step's time, however the dice fall
 
 
 class Rank:
-    """`number` among all ranks, `index` in its group. `modes` is None without SiDP; `timeline` is
-    shared by all ranks, `service` by those of the group."""
+    """`number` among all ranks, `index` in its group. `modes` is None without SiDP;
+    `service` is shared by the ranks of the group."""
 
     def __init__(
         self,
@@ -28,7 +24,6 @@ class Rank:
         costs: StepCosts,
         service: Service,
         modes: RankModes | None,
-        timeline: Timeline,
         load: Load,
         jitter: float,
         dice: random.Random,
@@ -42,7 +37,6 @@ class Rank:
         self._index = index
         self._service = service
         self._modes = modes
-        self._timeline = timeline
         self._jitter = jitter
         self._dice = dice
         self._step = ""  # prefill, local, was or cas: the step under way
@@ -93,7 +87,6 @@ class Rank:
         queue, report = self.queue, self.report
         batch, seconds = queue.batch, now - self._start
         report.count(self._step, seconds, batch, queue.used)
-        self._timeline.add(self._start, now, batch, self._step == CAS)
         if self._step == PREFILL:
             got_token, done = queue.end_prefill()
             report.output_tokens += len(got_token)

@@ -1,19 +1,19 @@
 """One rank's requests: which are admitted, what their keys and values take, which are retracted.
 
-Room: planner; pure. The rules are SGLang's (PrefillAdder, retract_decode, NewTokenRatioTracker),
-with pages of one token and without a prefix cache: prefill goes before decode, a prompt that does
-not fit into a pass is cut into chunks, and where KV runs out the requests with the fewest output
-tokens go back to the end of the queue.
+The rules are SGLang's (PrefillAdder, retract_decode, NewTokenRatioTracker), with pages of one token
+and without a prefix cache: prefill goes before decode, a prompt that does not fit into a pass is
+cut into chunks, and where KV runs out the requests with the fewest output tokens go back to the end
+of the queue.
 
 All requests decode in step, so that a rank needs sums and a heap, and a step costs the same
 whatever the batch.
 """
 
 from collections import deque
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from bench.simulator.job import Request
-from bench.simulator.progress import Progress
 from sidp_sgl.planner.time_model import Work
 
 INITIAL_RATIO = 0.7  # of its possible output that a running request is expected to need
@@ -21,6 +21,29 @@ LOWEST_RATIO = 0.7 * 0.14
 RATIO_DECAY = (INITIAL_RATIO - LOWEST_RATIO) / 600  # per decode step
 RETRACT_STEPS = 20  # decode steps that a retraction makes room for, in the new ratio
 _PAGE = 1  # tokens
+
+
+@dataclass(slots=True)
+class Entry:
+    """A request on this rank, and how far it has come. `generated` is right while it waits; while
+    it runs, `generated` and the decode steps since `since` are."""
+
+    request: Request
+    max_new_tokens: int
+    generated: int = 0  # output tokens
+    cached: int = 0  # tokens of prompt and output in the KV cache, while it is prefilled
+    since: int = 0  # decode steps of the rank when it began to run
+    ends: int = -1  # decode steps of the rank when it will have ended; -1 while it doesn't run
+
+    @property
+    def to_prefill(self) -> int:
+        """Tokens, generated ones after a retraction among them."""
+        return self.request.input_len + self.generated
+
+    @property
+    def to_generate(self) -> int:
+        """Tokens at most, as far as the scheduler knows."""
+        return self.max_new_tokens - self.generated
 
 
 class RankQueue:
@@ -37,14 +60,14 @@ class RankQueue:
         self._chunk = chunk
         self._ratio_is_one = ignore_eos
         self._ratio = 1.0 if ignore_eos else INITIAL_RATIO
-        self._waiting: deque[Progress] = deque()
-        self._running: dict[int, Progress] = {}  # by request number
-        self._ending: list[tuple[int, int, Progress]] = []  # heap; entries that were retracted stay
+        self._waiting: deque[Entry] = deque()
+        self._running: dict[int, Entry] = {}  # by request number
+        self._ending: list[tuple[int, int, Entry]] = []  # heap; entries that were retracted stay
         self._reserved = 0  # tokens that running requests may still generate
         self._decodes = 0
         self._is_full = False  # nothing was admitted; nothing has left since
-        self._chunked: Progress | None = None
-        self._prefilled: list[Progress] = []  # in the pass under way, to their end
+        self._chunked: Entry | None = None
+        self._prefilled: list[Entry] = []  # in the pass under way, to their end
 
     def submit(self, request: Request) -> None:
         """Like SGLang, allows no more output than the KV cache could hold."""
@@ -54,7 +77,7 @@ class RankQueue:
                 f"{request.input_len} + {request.output_len} tokens of a request do not fit into "
                 f"{self.capacity} KV tokens"
             )
-        self._waiting.append(Progress(request, min(request.max_new_tokens, limit)))
+        self._waiting.append(Entry(request, min(request.max_new_tokens, limit)))
         self.waiting_tokens += request.input_len
 
     @property
@@ -146,7 +169,7 @@ class RankQueue:
                 done.append(entry.request)
         return done
 
-    def _leave(self, entry: Progress) -> None:
+    def _leave(self, entry: Entry) -> None:
         """Free the tokens of a running request, its own count of them brought up to date."""
         entry.generated += self._decodes - entry.since
         tokens = entry.to_prefill - 1  # the last one is not in the cache
@@ -157,7 +180,7 @@ class RankQueue:
         entry.ends = -1
         self._is_full = False
 
-    def _put_back(self, entry: Progress) -> None:
+    def _put_back(self, entry: Entry) -> None:
         """A prompt that was cut has kept the last running request from going on."""
         self.used -= entry.cached
         entry.cached = 0

@@ -1,7 +1,4 @@
-"""What a simulation tells: per rank, over time, and in all.
-
-Room: planner; pure.
-"""
+"""What a simulation tells: per rank, and in all."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +8,6 @@ from sidp_sgl.scheduler.modes.policy import CAS, WAS
 
 PREFILL, LOCAL = "prefill", "local"  # steps beside WAS and CAS; LOCAL: a decode step without SiDP
 _KINDS = (PREFILL, LOCAL, WAS, CAS)
-_BUCKETS = 64
 
 
 @dataclass
@@ -46,33 +42,6 @@ class RankReport:
         return sum(self.seconds.values())
 
 
-class Timeline:
-    """Sums over all ranks in equal parts of the time so far; parts double when time runs on."""
-
-    def __init__(self, width: float = 1.0) -> None:
-        self.width = width  # of a part, seconds
-        self.running = [0.0] * _BUCKETS  # requests times seconds
-        self.busy = [0.0] * _BUCKETS  # ranks times seconds
-        self.sending = [0.0] * _BUCKETS  # the same, of CaS steps
-
-    def add(self, start: float, end: float, batch: int, is_cas: bool) -> None:
-        while end > self.width * _BUCKETS:
-            self._fold()
-        first, last = int(start / self.width), min(int(end / self.width), _BUCKETS - 1)
-        for part in range(first, last + 1):
-            seconds = min(end, (part + 1) * self.width) - max(start, part * self.width)
-            self.running[part] += batch * seconds
-            self.busy[part] += seconds
-            if is_cas:
-                self.sending[part] += seconds
-
-    def _fold(self) -> None:
-        for values in (self.running, self.busy, self.sending):
-            pairs = zip(values[::2], values[1::2], strict=True)
-            values[:] = [a + b for a, b in pairs] + [0.0] * (_BUCKETS // 2)
-        self.width *= 2
-
-
 @dataclass(frozen=True)
 class Report:
     """The whole job. Throughput in tokens of output per second of the makespan."""
@@ -80,7 +49,6 @@ class Report:
     makespan: float  # from the first arrival's clock 0 to the last token
     ranks: tuple[RankReport, ...]
     requests: tuple[Request, ...]
-    timeline: Timeline
 
     @cached_property
     def output_tokens(self) -> int:
@@ -126,13 +94,3 @@ class Report:
         """Of SiDP's steps, prefill among them, as the engine's `iterations` count."""
         was = self.steps(WAS) + self.steps(PREFILL)
         return was / (was + self.steps(CAS)) if was else 0.0
-
-    def running_over_time(self) -> list[tuple[float, float]]:
-        """End of each part of the makespan, and running requests of a rank on average."""
-        width, parts = self.timeline.width, []
-        for part, running in enumerate(self.timeline.running):
-            if part * width >= self.makespan:
-                break
-            end = min((part + 1) * width, self.makespan)
-            parts.append((end, running / ((end - part * width) * len(self.ranks))))
-        return parts

@@ -1,22 +1,50 @@
 """Groups of ranks behind a dispatcher: the loop over arrivals and ends of steps.
 
-Room: planner; pure. Deterministic: the same requests, settings and seed give the same report.
+Deterministic: the same requests, settings and seed give the same report.
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from bench.simulator.costs import StepCosts
-from bench.simulator.dispatch import Dispatcher, Load
+from bench.simulator.dispatch import METHODS, ROUND_ROBIN, Dispatcher, Load
 from bench.simulator.job import Request
 from bench.simulator.modes import RankModes, Service
 from bench.simulator.rank import Rank
 from bench.simulator.rank_queue import RankQueue
-from bench.simulator.report import Report, Timeline
-from bench.simulator.settings import Settings
+from bench.simulator.report import Report
 from sidp_sgl.planner.deployment import Deployment
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the simulated engines are set to, by SGLang's words.
+
+    `ignore_eos`: every request says how long it gets, and admission reserves all of it.
+
+    `load_balance_method` is that of a group's ranks, `group_balance_method` that of the dispatcher
+    before the groups. `jitter`: standard deviation of a step's time over the time.
+    """
+
+    chunked_prefill_size: int = 8192  # tokens
+    ignore_eos: bool = False
+    max_running_requests: int | None = None  # of one rank; None: as SGLang limits it
+    load_balance_method: str = ROUND_ROBIN
+    group_balance_method: str = ROUND_ROBIN
+    batch_threshold: int | None = None  # --sidp-batch-threshold; None is "auto"
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        for method in (self.load_balance_method, self.group_balance_method):
+            if method not in METHODS:
+                raise ValueError(f"no such load balance method: {method}")
+        if self.chunked_prefill_size < 1 or not 0 <= self.jitter < 1:
+            raise ValueError("chunked_prefill_size is 1 or more, jitter between 0 and 1")
+        if self.max_running_requests is not None and self.max_running_requests < 1:
+            raise ValueError("max_running_requests is 1 or more")
+
 
 _DEFAULTS = Settings()
 
@@ -46,17 +74,16 @@ def simulate(
     """
     if num_groups < 1:
         raise ValueError("one group at least")
-    timeline = Timeline()
-    groups = _make_groups(deployment, num_groups, settings, seed, timeline)
+    groups = _make_groups(deployment, num_groups, settings, seed)
     ranks = [rank for group in groups for rank in group.ranks]
     copies = [replace(request) for request in requests]
     makespan = _run(groups, ranks, copies, settings)
     reports = tuple(rank.close() for rank in ranks)
-    return Report(makespan, reports, tuple(copies), timeline)
+    return Report(makespan, reports, tuple(copies))
 
 
 def _make_groups(
-    deployment: Deployment, num_groups: int, settings: Settings, seed: int, timeline: Timeline
+    deployment: Deployment, num_groups: int, settings: Settings, seed: int
 ) -> list[Group]:
     costs = StepCosts(deployment)
     capacity = deployment.kv_tokens()
@@ -74,9 +101,7 @@ def _make_groups(
                 else None
             )
             noise = settings.jitter, random.Random(f"{seed} {number}")
-            ranks.append(
-                Rank(number, index, queue, costs, service, modes, timeline, Load(load), *noise)
-            )
+            ranks.append(Rank(number, index, queue, costs, service, modes, Load(load), *noise))
         groups.append(Group(ranks, load, settings.load_balance_method))
     return groups
 

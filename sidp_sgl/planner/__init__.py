@@ -1,1 +1,1 @@
-"""Memory model: exact bytes and KV capacity."""
+"""Is SiDP worth it: memory and time model, and measuring a machine for them."""

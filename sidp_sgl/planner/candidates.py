@@ -1,7 +1,4 @@
-"""Which deployments there are on a node: every split, with and without SiDP.
-
-Room: planner; pure.
-"""
+"""Which deployments there are on a node: every split, with and without SiDP."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,6 @@
 """One way to run the model on the node: what a GPU holds, and how long its steps take.
 
-Room: planner; pure. Every deployment answers the same questions, so that they can be compared.
+Every deployment answers the same questions, so that they can be compared.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Discrete-event model of the prefetch (WaS): how long a step takes for an order and slot count.
 
-Room: planner; pure, neither torch nor SGLang. It takes the project's own schedules, so what it
-says is about the code and not about a sketch of it. Time is in units of one layer's compute, τ.
+It takes the project's own schedules, so what it says is about the code and not about a sketch of
+it. Time is in units of one layer's compute, τ.
 """
 
 import random

@@ -1,6 +1,6 @@
 """What the vendors say of GPUs: memory, bandwidth, arithmetic, links. Peaks, not what is reached.
 
-Room: planner. Sources stand in docs/planner.md.
+Sources stand in docs/planner.md.
 """
 
 import json

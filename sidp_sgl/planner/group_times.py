@@ -1,7 +1,6 @@
 """Time of a step in a SiDP group: fetches, WaS, CaS, and the threshold between them.
 
-Room: planner; pure. Where ranks differ (layers need not divide evenly), it is the slowest one's.
-All times in seconds.
+Where ranks differ (layers need not divide evenly), it is the slowest one's. All times in seconds.
 """
 
 from bisect import bisect_left

@@ -1,7 +1,7 @@
 """What a GPU reaches in practice: the constants of the time model, all in this one place.
 
-Room: planner; pure. Fractions of the peak are the same for every GPU, model and figure; a
-calibration file replaces them by what was measured on the machine at hand.
+Fractions of the peak are the same for every GPU, model and figure; a calibration file replaces them
+by what was measured on the machine at hand.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The shape of a model, from a Hugging Face config.json or by a built-in name.
 
-Room: planner. Neither torch nor transformers: what a plan needs are a dozen numbers.
+Neither torch nor transformers: what a plan needs are a dozen numbers.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Compares all deployments for one workload: what fits, how fast it is, which one is best and why.
-
-Room: planner; pure.
-"""
+"""Compares all deployments for one workload: what fits, how fast it is, which is best and why."""
 
 from dataclasses import dataclass, replace
 

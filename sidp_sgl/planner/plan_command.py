@@ -1,6 +1,6 @@
 """`sidp-sgl plan`: reads the flags, makes the plan, prints or draws it.
 
-Room: planner. Every mistake of the user ends in one line (SidpUsageError).
+Every mistake of the user ends in one line (SidpUsageError).
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A plan as a figure: step times over the batch size, and the throughput of every setting.
 
-Room: planner. Needs matplotlib, which a plan without `--plot` does not.
+Needs matplotlib, which a plan without `--plot` does not.
 """
 
 from pathlib import Path

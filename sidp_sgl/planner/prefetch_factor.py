@@ -1,7 +1,7 @@
 """How much longer a WaS step takes than its compute, from the event model of the prefetch.
 
-Room: planner; pure. The event model runs the project's own schedules; here it is asked at a few
-loads only, once per setting, and what lies between is interpolated.
+The event model runs the project's own schedules; here it is asked at a few loads only, once per
+setting, and what lies between is interpolated.
 """
 
 from bisect import bisect_left

@@ -1,7 +1,4 @@
-"""The plan in one sentence: which setting, and why; and what the engine can't do of it yet.
-
-Room: planner; pure.
-"""
+"""The plan in one sentence: which setting, and why; and what the engine can't do of it yet."""
 
 from sidp_sgl.planner.deployment import SIDP
 from sidp_sgl.planner.plan import Estimate, Plan

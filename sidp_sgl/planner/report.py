@@ -1,6 +1,6 @@
 """A plan as text and as JSON.
 
-Room: planner; pure. GB are 10⁹ bytes; weights are those of one GPU, KV tokens those of the node.
+GB are 10⁹ bytes; weights are those of one GPU, KV tokens those of the node.
 """
 
 from collections.abc import Sequence

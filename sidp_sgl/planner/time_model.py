@@ -1,7 +1,7 @@
 """Time of one rank's step with all weights at hand: GEMMs, attention, collectives, overheads.
 
-Room: planner; pure. A GEMM takes as long as its bytes or its arithmetic, whichever is longer.
-All times in seconds; a rank is a tensor-parallel group of GPUs whose GPUs do the same.
+A GEMM takes as long as its bytes or its arithmetic, whichever is longer. All times in seconds; a
+rank is a tensor-parallel group of GPUs whose GPUs do the same.
 """
 
 from dataclasses import dataclass

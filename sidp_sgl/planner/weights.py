@@ -1,7 +1,7 @@
 """Exact weights of one GPU: its share of every linear layer, of the pool, and of all the rest.
 
-Room: planner; pure. Shards as SGLang makes them: vocabulary padded, KV heads replicated where
-there are more GPUs than heads.
+Shards as SGLang makes them: vocabulary padded, KV heads replicated where there are more GPUs than
+heads.
 """
 
 from dataclasses import asdict, dataclass

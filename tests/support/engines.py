@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import sglang
 
 from bench.offline import shut_down, start_engine
-from sidp_sgl.planner.calibrate.environment import environment
 
 DEVICE_MEMORY = "16MiB"
 
@@ -26,7 +26,8 @@ def engine(model_path: Any, **keywords: Any) -> Iterator[sglang.Engine]:
     # One thread per rank, whatever the number of ranks: the same sums in the same order.
     cores = sorted(os.sched_getaffinity(0))
     bind = "|".join(str(cores[rank % len(cores)]) for rank in range(keywords.get("dp_size", 1)))
-    with environment(
+    with patch.dict(
+        os.environ,
         SIDP_CPU_DEVICE_MEMORY=os.environ.get("SIDP_CPU_DEVICE_MEMORY", DEVICE_MEMORY),
         SGLANG_CPU_OMP_THREADS_BIND=bind,
         OMP_NUM_THREADS="1",

@@ -1,1 +1,1 @@
-"""Room: calibration. Measures a machine for the planner; imports SGLang within functions only."""
+"""Measures a machine for the planner."""

@@ -1,6 +1,6 @@
-"""`sidp-sgl calibrate`: measures this machine, and writes what plan, simulator and engine read.
+"""`sidp-sgl calibrate`: measures this machine, and writes what plan and simulator read.
 
-Room: calibration. Every mistake of the user ends in one line (SidpUsageError).
+Every mistake of the user ends in one line (SidpUsageError).
 """
 
 import argparse
@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sidp_sgl.errors import SidpUsageError
+from sidp_sgl.planner.calibrate.device import hardware_name, num_gpus
+from sidp_sgl.planner.calibrate.engine_steps import measure_steps
+from sidp_sgl.planner.calibrate.fit import ASSUMED, fit_machine
+from sidp_sgl.planner.calibrate.group import measure_ranks
+from sidp_sgl.planner.calibrate.points import Measurements
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import ModelShape, built_in_names, read_config, shape_from_config
 
@@ -41,7 +46,7 @@ _MOST_RANKS = 64
 
 def main(arguments: Sequence[str]) -> int:
     args = _parser().parse_args(arguments)
-    device = args.device or _default_device()
+    device = args.device or ("cuda" if num_gpus() else "cpu")
     config, shape = _model(args, device)
     _check(args, device)
     content = calibrate(config, shape, args.num_ranks, device, args.link_gbps)
@@ -62,34 +67,24 @@ def calibrate(
     link_gbps: float | None,
 ) -> dict[str, Any]:
     """What the file holds: the machine, and all that it was made of. Takes a minute or two."""
-    from sidp_sgl.planner.calibrate.engine_steps import measure_steps
-    from sidp_sgl.planner.calibrate.fit import ASSUMED, fit_machine
-    from sidp_sgl.planner.calibrate.group import measure_ranks
-    from sidp_sgl.planner.calibrate.link import num_layers_of
-    from sidp_sgl.planner.calibrate.points import Measurements
-
     print(f"{num_ranks} ranks: GEMMs, fetches, calls", file=sys.stderr)
     ranks = measure_ranks(device, shape, num_ranks, link_gbps)
     print("decode steps of SGLang", file=sys.stderr)
     steps, memory_bytes = measure_steps(config, num_ranks, device)
-    measured = Measurements(
-        name=f"{num_ranks} ranks on {_hardware(device)}",
-        shape=shape,
-        num_ranks=num_ranks,
-        memory_bytes=memory_bytes,
-        call_layers=num_layers_of(num_ranks),
-        copy_rate=ranks.copy_rate,
-        gemms=tuple(ranks.gemms),
-        fetches=tuple(ranks.fetches),
-        overlaps=tuple(ranks.overlaps),
-        calls=tuple(ranks.calls),
-        steps=tuple(steps),
-    )
-    points = ("gemms", "fetches", "overlaps", "calls", "steps")
+    hardware = hardware_name(device)
+    name = f"{num_ranks} ranks on {hardware}"
+    machine = fit_machine(Measurements(name, shape, num_ranks, memory_bytes, ranks, steps))
+    points: dict[str, Sequence[Any]] = {
+        "gemms": ranks.gemms,
+        "fetches": ranks.fetches,
+        "overlaps": ranks.overlaps,
+        "calls": ranks.calls,
+        "steps": steps,
+    }
     return {
-        **fit_machine(measured).as_json(),
+        **machine.as_json(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": _hardware(device),
+        "hardware": hardware,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("sidp-sgl", "sglang", "torch")},
@@ -99,8 +94,8 @@ def calibrate(
         "link_gbps": link_gbps,
         "model": asdict(shape),
         "assumed": list(ASSUMED),
-        "copy_rate": measured.copy_rate,
-        "points": {name: [point._asdict() for point in getattr(measured, name)] for name in points},
+        "copy_rate": ranks.copy_rate,
+        "points": {name: [point._asdict() for point in each] for name, each in points.items()},
     }
 
 
@@ -127,27 +122,11 @@ def _check(args: argparse.Namespace, device: str) -> None:
         raise SidpUsageError(
             f"--out {args.out}: there is no such folder: make it, or choose another"
         )
-    if device == "cpu":
-        return
-    from sidp_sgl.planner.calibrate.device import num_gpus
-
-    if num_gpus() < args.num_ranks:
+    if device == "cuda" and num_gpus() < args.num_ranks:
         raise SidpUsageError(
             f"--num-ranks {args.num_ranks} is more than the {num_gpus()} GPUs of this machine: "
             "use fewer, or --device cpu"
         )
-
-
-def _default_device() -> str:
-    from sidp_sgl.planner.calibrate.device import num_gpus
-
-    return "cuda" if num_gpus() else "cpu"
-
-
-def _hardware(device: str) -> str:
-    from sidp_sgl.planner.calibrate.device import hardware_name
-
-    return hardware_name(device)
 
 
 def _as_text(machine: Machine) -> str:

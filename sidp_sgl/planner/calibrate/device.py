@@ -1,7 +1,5 @@
-"""The device of one rank: its clock, its caches, its cores.
-
-Room: calibration. The one place that tells CPU ranks from GPUs.
-"""
+"""The device of one rank: its clock, its caches, its cores; the one place that tells CPU ranks from
+GPUs."""
 
 import os
 import platform
@@ -26,9 +24,9 @@ class CpuDevice:
         torch.set_num_threads(len(cores))
 
     def seconds(self, run: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
+        watch = self.stopwatch()
+        watch(run)
+        return watch.seconds
 
     def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """`run` as a step does it."""
@@ -47,13 +45,10 @@ class CudaDevice:
         self.cache_bytes = int(torch.cuda.get_device_properties(self.device).L2_cache_size)
 
     def seconds(self, run: Callable[[], Any]) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        watch = self.stopwatch()
         torch.cuda._sleep(_HEAD_START_CYCLES)  # the launch itself is not timed
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        watch(run)
+        return watch.seconds
 
     def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """`run` as a CUDA graph, as decode steps are: launches from Python take longer."""

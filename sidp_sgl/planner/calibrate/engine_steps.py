@@ -1,11 +1,12 @@
 """Decode steps of SGLang itself, without SiDP: what schedulers, layers and attention take.
 
-Room: calibration; the only file that uses SGLang. Two depths of one model, with weights that SGLang
+The only file here that uses SGLang. Two depths of one model, with weights that SGLang
 makes up, tell what a step costs from what a layer does; every rank runs the same batch.
 """
 
 import asyncio
 import json
+import os
 import statistics
 import tempfile
 import warnings
@@ -13,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from sidp_sgl.planner.calibrate.environment import environment
 from sidp_sgl.planner.calibrate.points import StepPoint
 
 DEPTHS = (2, 8)
@@ -56,7 +57,7 @@ def with_depth(config: dict[str, Any], depth: int) -> dict[str, Any]:
 
 @contextmanager
 def _engine(folder: str, num_ranks: int, device: str) -> Iterator[Any]:
-    with environment(SGLANG_RECORD_STEP_TIME="1", PYTHONWARNINGS="ignore"):
+    with patch.dict(os.environ, SGLANG_RECORD_STEP_TIME="1", PYTHONWARNINGS="ignore"):
         with warnings.catch_warnings():  # of accelerators that are not there
             warnings.simplefilter("ignore")
             import sglang

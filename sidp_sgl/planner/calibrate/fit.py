@@ -1,6 +1,6 @@
-"""From measured points to the planner's Machine. Pure; every part by least relative squares.
+"""From measured points to the planner's Machine; every part by least relative squares.
 
-Room: calibration. The planner's own formulas say what is left for the overheads.
+The planner's own formulas say what is left for the overheads.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from sidp_sgl.planner.calibrate.points import (
     Measurements,
     OverlapPoint,
     StepPoint,
+    num_layers_of,
 )
 from sidp_sgl.planner.group_times import GroupTimes, Pooling
 from sidp_sgl.planner.machine import COLLECTIVE_SECONDS, Machine
@@ -30,17 +31,18 @@ _MOST_SHARE = 0.95
 _FAST = 1e30
 
 
-def fit_machine(points: Measurements) -> Machine:
+def fit_machine(measured: Measurements) -> Machine:
     """Raises ValueError where a kind of points is missing."""
+    points = measured.ranks
     kernel, bandwidth, flops = fit_gemms(points.gemms)
     copy, link = fit_fetches(points.fetches)
     machine = Machine(
-        name=points.name,
-        memory_bytes=points.memory_bytes,
+        name=measured.name,
+        memory_bytes=measured.memory_bytes,
         hbm_bandwidth=bandwidth,
         kv_bandwidth=bandwidth,
         bf16_flops=flops,
-        fp8_flops=points.fp8_flops or flops,
+        fp8_flops=flops,
         link_bandwidth=link,
         kernel_seconds=kernel,
         layer_seconds=0.0,
@@ -51,12 +53,10 @@ def fit_machine(points: Measurements) -> Machine:
         row_bandwidth=max(points.copy_rate, link),
         copy_share=fit_copy_share(points.overlaps),
     )
-    machine = fit_steps(points.steps, points.shape, machine)
-    shape = replace(points.shape, num_layers=points.call_layers)
-    return replace(
-        machine,
-        round_trip_seconds=fit_round_trip(points.calls, shape, machine, points.num_ranks),
-    )
+    machine = fit_steps(measured.steps, measured.shape, machine)
+    shape = replace(measured.shape, num_layers=num_layers_of(measured.num_ranks))
+    round_trip = fit_round_trip(points.calls, shape, machine, measured.num_ranks)
+    return replace(machine, round_trip_seconds=round_trip)
 
 
 def fit_gemms(points: Sequence[GemmPoint]) -> tuple[float, float, float]:

@@ -1,6 +1,6 @@
 """The ranks of a calibration: one process each, all measuring the same at the same time.
 
-Room: calibration. A rank that fails ends all, with its reason; every wait is bounded.
+A rank that fails ends all, with its reason; every wait is bounded.
 """
 
 import multiprocessing
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from statistics import fmean
 from typing import Any
+from unittest.mock import patch
 
 from sidp_sgl.errors import SidpError
-from sidp_sgl.planner.calibrate.environment import environment
 from sidp_sgl.planner.calibrate.points import (
     CallPoint,
     FetchPoint,
@@ -45,7 +45,7 @@ def measure_ranks(
     pipes, processes = [], []
     # Every thread of a rank asks for its number of threads anew: as in an engine, none has more
     # than the rank has cores.
-    with environment(OMP_NUM_THREADS=str(len(cores[0]))):
+    with patch.dict(os.environ, OMP_NUM_THREADS=str(len(cores[0]))):
         for rank in range(num_ranks):
             task = RankTask(
                 device,

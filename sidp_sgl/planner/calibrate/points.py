@@ -1,12 +1,17 @@
 """What a calibration measures, as plain values: they stand in its file, and the fit reads them.
 
-Room: calibration; pure. Seconds are those of one rank while all ranks do the same.
+Seconds are those of one rank while all ranks do the same.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from sidp_sgl.planner.models import ModelShape
+
+
+def num_layers_of(num_ranks: int) -> int:
+    """Layers of a measured pass: enough for slots to matter, as many for each rank."""
+    return num_ranks * max(2, -(-8 // num_ranks))
 
 
 class GemmPoint(NamedTuple):
@@ -53,7 +58,10 @@ class StepPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class RankPoints:
-    """What one rank measures; SGLang's steps are measured apart."""
+    """What one rank measures; SGLang's steps are measured apart.
+
+    `copy_rate`: bytes per second between two ranks at full speed, all of them at once.
+    """
 
     gemms: list[GemmPoint]
     fetches: list[FetchPoint]
@@ -64,20 +72,11 @@ class RankPoints:
 
 @dataclass(frozen=True)
 class Measurements:
-    """`shape`: the model whose layers were measured; `call_layers` of them for the calls.
-
-    `copy_rate`: bytes per second between two ranks at full speed, all of them at once.
-    """
+    """`shape`: the model whose layers were measured."""
 
     name: str
     shape: ModelShape
     num_ranks: int
-    memory_bytes: int
-    call_layers: int
-    copy_rate: float
-    gemms: tuple[GemmPoint, ...]
-    fetches: tuple[FetchPoint, ...]
-    overlaps: tuple[OverlapPoint, ...]
-    calls: tuple[CallPoint, ...]
-    steps: tuple[StepPoint, ...]
-    fp8_flops: float | None = None  # where the machine has them and they were measured
+    memory_bytes: int  # of a device, as SGLang finds it free
+    ranks: RankPoints
+    steps: list[StepPoint]

@@ -1,6 +1,6 @@
 """What one rank measures while all others measure the same: GEMMs, fetches, overlap, calls.
 
-Room: calibration. Every point begins at a barrier: ranks share cores, links and memory.
+Every point begins at a barrier: ranks share cores, links and memory.
 """
 
 import math
@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import linear
 
-from sidp_sgl.planner.calibrate.decoder import Decoder
 from sidp_sgl.planner.calibrate.device import Device, make_device
-from sidp_sgl.planner.calibrate.link import Compute, Fetches, SentRows, num_layers_of
+from sidp_sgl.planner.calibrate.layers import Compute, Decoder, Fetches, SentRows
 from sidp_sgl.planner.calibrate.points import (
     CallPoint,
     FetchPoint,
     GemmPoint,
     OverlapPoint,
     RankPoints,
+    num_layers_of,
 )
 from sidp_sgl.planner.models import ModelShape
 from sidp_sgl.planner.weights import Split, block_bytes, layer_weights, padded_vocab

@@ -10,7 +10,6 @@ import transformers
 
 from bench import peers
 from bench.gpu.random_checkpoint import write_checkpoint
-from bench.page_sections import peer_sides
 from sidp_sgl.planner.calibrate.command import SMALL
 
 
@@ -49,7 +48,7 @@ def test_ratios_are_of_the_same_round_and_a_side_that_fails_is_a_result() -> Non
     assert compared["SiDP"]["over_plain"]["min"] == 1.2
     assert compared["SiDP"]["over_plain"]["max"] == 1.5
     keywords = {name: {"dp_size": 4} for name in compared}
-    heads, rows = peer_sides({"sides": compared, "keywords": keywords})
+    heads, rows = peers.table({"sides": compared, "keywords": keywords})
     assert {len(row) for row in rows} == {len(heads)}
     assert rows[2][-1] == "failed: no"
     rounds[0]["plain DP"] = {"error": "too large"}

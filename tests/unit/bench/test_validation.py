@@ -6,7 +6,7 @@ import pytest
 
 from bench.simulator import Request
 from bench.validation_predictions import Predictions
-from bench.validation_table import Row, summary
+from bench.validation_table import summary, table
 from sidp_sgl.planner.gpus import find_gpu
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import load_model
@@ -48,5 +48,10 @@ def test_the_mean_of_two_calibrations_is_predicted(side: str) -> None:
 def test_a_machine_that_moves_is_seen() -> None:
     assert predictions(FAST, SLOW).drift((1, 64), 100) == pytest.approx(1.0)
     assert predictions(FAST, FAST).drift((1, 64), 100) == 0
-    row = Row(2, "step, ms", "was", 1, 11.0, 10.0)
-    assert summary([row], 1.0).endswith("moved by up to 100%.")
+    row = {"ranks": 2, "what": "step, ms", "side": "was", "batch": 1}
+    rows = [{**row, "predicted": 11.0, "measured": 10.0}, {**row, "predicted": 5, "measured": 10}]
+    results = {"groups": [{"drift": 0.1, "rows": rows[:1]}, {"drift": 1.0, "rows": rows[1:]}]}
+    said = summary(results)
+    assert said.startswith("1 of 2 within 20%; median error 30%, largest 50%.")
+    assert said.endswith("moved by up to 100%.")
+    assert [cells[-2:] for cells in table(results)[1]] == [["+10%", "yes"], ["-50%", "no"]]

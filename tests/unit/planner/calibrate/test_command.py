@@ -12,8 +12,13 @@ from sidp_sgl.planner.calibrate import command as calibrate_command
 from sidp_sgl.planner.calibrate.command import SMALL
 from sidp_sgl.planner.calibrate.fit import fit_machine
 from sidp_sgl.planner.calibrate.group import mean_points, measure_ranks
-from sidp_sgl.planner.calibrate.link import num_layers_of
-from sidp_sgl.planner.calibrate.points import GemmPoint, Measurements, RankPoints, StepPoint
+from sidp_sgl.planner.calibrate.points import (
+    GemmPoint,
+    Measurements,
+    RankPoints,
+    StepPoint,
+    num_layers_of,
+)
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import shape_from_config
 from sidp_sgl.planner.weights import Split, block_bytes
@@ -40,21 +45,7 @@ def test_two_ranks_measure_a_paced_link_and_a_machine_follows() -> None:
         assert overlap.fetches > num_layers_of(2) // 2 * 0.5 * BLOCK / (GBPS * 1e9)
     assert [point.rows for point in points.calls] == [1, 4, 16]
     assert all(point.sent > 0 and point.local > 0 for point in points.calls)
-    machine = fit_machine(
-        Measurements(
-            name="two ranks",
-            shape=SHAPE,
-            num_ranks=2,
-            memory_bytes=1 << 30,
-            call_layers=num_layers_of(2),
-            copy_rate=points.copy_rate,
-            gemms=tuple(points.gemms),
-            fetches=tuple(points.fetches),
-            overlaps=tuple(points.overlaps),
-            calls=tuple(points.calls),
-            steps=tuple(STEPS),
-        )
-    )
+    machine = fit_machine(Measurements("two ranks", SHAPE, 2, 1 << 30, points, STEPS))
     assert machine.copy_seconds + BLOCK / machine.link_bandwidth > 0.5 * BLOCK / (GBPS * 1e9)
     assert machine.row_bandwidth == points.copy_rate
 
@@ -115,6 +106,6 @@ def test_mistakes_end_in_one_line(
 def test_gpus_that_are_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sidp_sgl.planner.calibrate.device.num_gpus", lambda: 2)
+    monkeypatch.setattr("sidp_sgl.planner.calibrate.command.num_gpus", lambda: 2)
     assert main(["calibrate", "--device", "cuda", "--num-ranks", "4"]) == 2
     assert "2 GPUs" in capsys.readouterr().err

@@ -16,7 +16,9 @@ from sidp_sgl.planner.calibrate.points import (
     GemmPoint,
     Measurements,
     OverlapPoint,
+    RankPoints,
     StepPoint,
+    num_layers_of,
 )
 from sidp_sgl.planner.group_times import GroupTimes, Pooling
 from sidp_sgl.planner.machine import Machine
@@ -27,7 +29,6 @@ from sidp_sgl.planner.weights import Gemm, Split
 SHAPE = shape_from_config(SMALL, "small")
 WIDTHS = [(256, 512), (256, 2048), (1024, 256), (256, 1024)]
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128]
-CALL_LAYERS = 8
 
 
 def rates(low: float, high: float) -> st.SearchStrategy[float]:
@@ -71,7 +72,7 @@ def measured(machine: Machine, num_ranks: int, noise: float = 0.0, seed: int = 0
     def rank(layers: int) -> RankTimes:
         return RankTimes(replace(SHAPE, num_layers=layers), machine, Split())
 
-    group = GroupTimes(rank(CALL_LAYERS), Pooling(num_ranks))
+    group = GroupTimes(rank(num_layers_of(num_ranks)), Pooling(num_ranks))
     calls = []
     for rows in (1, 4, 16):
         local = group.rank.compute_seconds(Work.decode(rows, 128))
@@ -79,31 +80,28 @@ def measured(machine: Machine, num_ranks: int, noise: float = 0.0, seed: int = 0
         calls.append(CallPoint(rows, local, sent))
     alone, fetches = 0.1, 0.06
     beside = alone + machine.copy_share * fetches
-    return Measurements(
-        name="synthetic",
-        shape=SHAPE,
-        num_ranks=num_ranks,
-        memory_bytes=1 << 30,
-        call_layers=CALL_LAYERS,
-        copy_rate=machine.row_bandwidth,
-        gemms=tuple(
+    ranks = RankPoints(
+        gemms=[
             GemmPoint(rows, *width, seen(gemm_seconds(machine, Gemm(*width), rows, "bf16")))
             for width in WIDTHS
             for rows in ROWS
-        ),
-        fetches=tuple(
+        ],
+        fetches=[
             FetchPoint(size, seen(machine.copy_seconds + size / machine.link_bandwidth))
             for size in (400_000, 1_600_000, 3_200_000)
-        ),
-        overlaps=(OverlapPoint(alone, beside, fetches),) * 2,
-        calls=tuple(calls),
-        steps=tuple(
-            StepPoint(depth, batch, prompt, seen(rank(depth).compute_seconds(
-                Work.decode(batch, prompt))))
-            for depth in DEPTHS
-            for batch, prompt in LOADS
-        ),
-    )  # fmt: skip
+        ],
+        copy_rate=machine.row_bandwidth,
+        overlaps=[OverlapPoint(alone, beside, fetches)] * 2,
+        calls=calls,
+    )
+    steps = [
+        StepPoint(
+            depth, batch, prompt, seen(rank(depth).compute_seconds(Work.decode(batch, prompt)))
+        )
+        for depth in DEPTHS
+        for batch, prompt in LOADS
+    ]
+    return Measurements("synthetic", SHAPE, num_ranks, 1 << 30, ranks, steps)
 
 
 @settings(max_examples=25, deadline=None)
@@ -171,9 +169,11 @@ def test_gemms_that_only_wait_for_bytes() -> None:
 
 def test_a_missing_kind_of_points_is_named() -> None:
     points = measured(Machine("m", 1, 1e10, 1e9, 1e11, 1e11, 1e9, 1e-6, 1e-5, 0, 0, 0, 1e-3), 2)
-    for name in ("gemms", "fetches", "overlaps", "calls", "steps"):
+    for name in ("gemms", "fetches", "overlaps", "calls"):
         with pytest.raises(ValueError, match="points of"):
-            fit_machine(replace(points, **{name: ()}))
+            fit_machine(replace(points, ranks=replace(points.ranks, **{name: []})))
+    with pytest.raises(ValueError, match="points of"):
+        fit_machine(replace(points, steps=[]))
 
 
 def test_depths_change_nothing_else() -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sidp_sgl.planner.calibrate.command import SMALL
-from sidp_sgl.planner.calibrate.decoder import Decoder
 from sidp_sgl.planner.calibrate.device import CpuStopwatch
-from sidp_sgl.planner.calibrate.link import Fetches, SentRows, num_layers_of
+from sidp_sgl.planner.calibrate.layers import Decoder, Fetches, SentRows
+from sidp_sgl.planner.calibrate.points import num_layers_of
 from sidp_sgl.planner.models import shape_from_config
 from tests.support.transports import KINDS, make_transport
 
