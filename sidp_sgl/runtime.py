@@ -4,20 +4,19 @@ Nothing happens without --sidp, but for the flags and, on machines without an ac
 platform's own hooks.
 """
 
-import os
+import threading
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import model_config_of
 from sglang.srt.platforms import current_platform
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_device, get_exec, get_parallel
+from tqdm import tqdm
 
 from sidp_sgl import __version__
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
-from sidp_sgl.scheduler.lifecycle.spawning import DIRECTORY
 from sidp_sgl.scheduler.rank_control import RankControl
 from sidp_sgl.sglang_hooks import arguments, refusals, required
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
@@ -27,7 +26,7 @@ from sidp_sgl.sglang_hooks.cuda.graphs import GraphHooks
 from sidp_sgl.sglang_hooks.dispatch.controller import ControllerDispatch
 from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
 from sidp_sgl.sglang_hooks.failures import engine as failures
-from sidp_sgl.sglang_hooks.failures import reports
+from sidp_sgl.sglang_hooks.failures import reports, sockets
 from sidp_sgl.sglang_hooks.model.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.model.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.required import Hook
@@ -68,8 +67,12 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
         from sidp_sgl.sglang_hooks.cpu import controller as cpu_controller
 
         required.apply(cpu_controller.CONTROLLER_HOOKS)
+    if role == "scheduler":
+        # tqdm's own lock is a named semaphore, which may outlive a process that is killed.
+        tqdm.set_lock(threading.RLock())
     if config is None:
         return
+    required.apply(sockets.HOOKS)
     if role == "tokenizer":
         required.apply(refusals.runtime_hooks())
     if role == "detokenizer":
@@ -80,7 +83,7 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
         controller = reports.ControllerReports(config.group, keeps_states=not config.own_dispatch)
         required.apply(controller.hooks())
         if config.own_dispatch:
-            dispatch = ControllerDispatch(Path(os.environ[DIRECTORY]), server_args.dp_size)
+            dispatch = ControllerDispatch(config.group, server_args.dp_size)
             required.apply([dispatch.hook()])
     if role == "scheduler":
         rank_reports = reports.RankReports(config.group, get_parallel().dp_rank)
@@ -95,7 +98,7 @@ class Rank:
 
     def __init__(self, server_args: Any, config: SidpConfig) -> None:
         parallel = get_parallel()
-        self.config, directory = config, Path(os.environ[DIRECTORY])
+        self.config = config
         self.dp_rank = parallel.dp_rank
         self.dp_size = parallel.dp_size
         # As resolved: the arguments themselves stay as the user gave them.
@@ -122,7 +125,7 @@ class Rank:
             self.dp_rank,
             self.dp_size,
             layer_owners,
-            directory,
+            config.group,
             capacity_rows(self.dp_size),
             ROWS_PER_RANK,
         )
@@ -130,7 +133,7 @@ class Rank:
         self.execution = UnitExecution(self.pool)
         self.offloader = PoolOffloader(self.pool, config.sidp_pool, self._meet_peers)
         self.reader = CheckpointReader(self.offloader.is_placeholder)
-        self.waiting = WaitingRequests(self.dp_rank, self.control.thread, directory)
+        self.waiting = WaitingRequests(self.dp_rank, self.control.thread, config.group)
         self.modes = ModeHooks(
             self.control, self.pool, self.execution, lambda: self.waiting.received
         )

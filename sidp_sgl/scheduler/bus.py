@@ -1,13 +1,13 @@
-"""The ranks' control messages over ZMQ: `ipc://` sockets in the engine's own directory.
+"""The ranks' control messages over ZMQ.
 
-Room: scheduler. Sending never blocks and nothing depends on an arrival: a message that can't be
-sent is dropped and counted, one that can't be read as well. A socket belongs to one thread.
+Sending never blocks and nothing depends on an arrival: a message that can't be sent is dropped and
+counted, one that can't be read as well. A socket belongs to one thread. The addresses are abstract:
+nothing of them is left, however a process ends.
 """
 
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import zmq
 
@@ -17,24 +17,34 @@ from sidp_sgl.scheduler.messages import Message
 _QUEUE = 1000  # messages that may wait for a receiver that is stopped
 
 
-def control_address(directory: Path, rank: int) -> str:
+def control_address(engine: str, rank: int) -> str:
     """Where a rank's control thread listens."""
-    return f"ipc://{directory}/sidp-control-{rank}"
+    return f"ipc://@sidp-{engine}-control-{rank}"
 
 
-def answer_address(directory: Path, rank: int) -> str:
+def answer_address(engine: str, rank: int) -> str:
     """Where a rank's scheduler thread finds the answers to its requests."""
-    return f"ipc://{directory}/sidp-answers-{rank}"
+    return f"ipc://@sidp-{engine}-answers-{rank}"
 
 
-def controller_address(directory: Path) -> str:
+def controller_address(engine: str) -> str:
     """Where the DP controller listens."""
-    return f"ipc://{directory}/sidp-controller"
+    return f"ipc://@sidp-{engine}-controller"
 
 
-def returns_address(directory: Path) -> str:
+def returns_address(engine: str) -> str:
     """Where the DP controller takes requests that ranks give back."""
-    return f"ipc://{directory}/sidp-returns"
+    return f"ipc://@sidp-{engine}-returns"
+
+
+def listen(address: str) -> zmq.Socket:
+    """A PULL socket that takes messages of this user's processes only."""
+    socket: zmq.Socket = zmq.Context.instance().socket(zmq.PULL)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.RCVHWM, _QUEUE)
+    socket.set(zmq.IPC_FILTER_UID, os.getuid())
+    socket.bind(address)
+    return socket
 
 
 class Inbox:
@@ -42,11 +52,7 @@ class Inbox:
 
     def __init__(self, address: str) -> None:
         self.malformed = 0
-        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.PULL)
-        self._socket.set(zmq.LINGER, 0)
-        self._socket.set(zmq.RCVHWM, _QUEUE)
-        self._socket.bind(address)
-        os.chmod(address.removeprefix("ipc://"), 0o600)
+        self._socket = listen(address)
 
     @property
     def socket(self) -> zmq.Socket:

@@ -8,7 +8,6 @@ but the answers to a request, and those for a few milliseconds.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.messages import (
@@ -35,7 +34,7 @@ class ControlThread:
         self,
         rank: int,
         num_ranks: int,
-        directory: Path,
+        engine: str,
         ledger: LeaseLedger,
         refusal: Callable[[], str | None],
     ) -> None:
@@ -46,9 +45,9 @@ class ControlThread:
         self._rank = rank
         self._ledger = ledger
         self._refusal = refusal
-        self.inbox = bus.Inbox(bus.control_address(directory, rank))
+        self.inbox = bus.Inbox(bus.control_address(engine, rank))
         self._answers = bus.Outbox(
-            {peer: bus.answer_address(directory, peer) for peer in range(num_ranks) if peer != rank}
+            {peer: bus.answer_address(engine, peer) for peer in range(num_ranks) if peer != rank}
         )
         self._peers = {peer for peer in range(num_ranks) if peer != rank}
         self._stopped = False
@@ -91,13 +90,13 @@ class ControlThread:
 class SchedulerControl:
     """The scheduler thread's end. `owners`: the ranks that this one needs in a CaS step."""
 
-    def __init__(self, rank: int, num_ranks: int, directory: Path, owners: Sequence[int]) -> None:
+    def __init__(self, rank: int, num_ranks: int, engine: str, owners: Sequence[int]) -> None:
         self.negotiation = Negotiation(rank, owners)
         self.silences = 0  # requests whose answers did not come in time
         self.wait_seconds = 0.0
-        self._inbox = bus.Inbox(bus.answer_address(directory, rank))
-        peers = {n: bus.control_address(directory, n) for n in range(num_ranks) if n != rank}
-        self._outbox = bus.Outbox({**peers, _CONTROLLER: bus.controller_address(directory)})
+        self._inbox = bus.Inbox(bus.answer_address(engine, rank))
+        peers = {n: bus.control_address(engine, n) for n in range(num_ranks) if n != rank}
+        self._outbox = bus.Outbox({**peers, _CONTROLLER: bus.controller_address(engine)})
         self._published: RankState | None = None
         self._published_at = 0.0
 

@@ -6,7 +6,6 @@ Room: scheduler.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from sidp_sgl.config import OWN_DISPATCH, SidpConfig
@@ -30,7 +29,7 @@ class RankControl:
         rank: int,
         num_ranks: int,
         owners: Sequence[int],
-        directory: Path,
+        engine: str,
         capacity_rows: int,
         max_rows: int,
     ) -> None:
@@ -40,7 +39,7 @@ class RankControl:
         disturbed = disturbances.from_environment()
         self._disturbed = disturbances.DisturbedAnswers(disturbed, rank) if disturbed else None
         self.thread = ControlThread(
-            rank, num_ranks, directory, LeaseLedger(capacity_rows), self._refusal
+            rank, num_ranks, engine, LeaseLedger(capacity_rows), self._refusal
         )
         switch_every = disturbed.switch_every if disturbed else 0
         threshold = config.sidp_batch_threshold
@@ -49,7 +48,7 @@ class RankControl:
             if switch_every
             else ModePolicy(config.sidp_mode),
             SchedulerControl(
-                rank, num_ranks, directory, sorted({owner for owner in owners if owner != rank})
+                rank, num_ranks, engine, sorted({owner for owner in owners if owner != rank})
             ),
             max_rows,
             None if isinstance(threshold, str) else threshold,

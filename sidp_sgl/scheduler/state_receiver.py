@@ -4,7 +4,6 @@ Room: scheduler.
 """
 
 import threading
-from pathlib import Path
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.messages import StateUpdate
@@ -16,9 +15,9 @@ _POLL_SECONDS = 1.0
 class StateReceiver:
     """`group` may be read by any thread."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, engine: str) -> None:
         self.group = GroupState()
-        self._inbox = bus.Inbox(bus.controller_address(directory))
+        self._inbox = bus.Inbox(bus.controller_address(engine))
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="sidp-states", daemon=True)
         self._thread.start()

@@ -1,10 +1,8 @@
-"""The control planes of several ranks in one process, over real sockets in a short directory."""
+"""The control planes of several ranks in one process, over real sockets."""
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from sidp_sgl.scheduler.control import ControlThread, SchedulerControl
 from sidp_sgl.scheduler.messages import CasRelease, CasRequest, Message
@@ -18,14 +16,14 @@ class Rank:
     """One rank: its thread and its scheduler's end. `refusal`: why it does not serve, if so."""
 
     def __init__(
-        self, rank: int, num_ranks: int, directory: Path, owners: list[int], capacity_rows: int
+        self, rank: int, num_ranks: int, engine: str, owners: list[int], capacity_rows: int
     ) -> None:
         self.refusal: str | None = None
         self.ledger = LeaseLedger(capacity_rows)
         self.thread = ControlThread(
-            rank, num_ranks, directory, self.ledger, refusal=lambda: self.refusal
+            rank, num_ranks, engine, self.ledger, refusal=lambda: self.refusal
         )
-        self.control = SchedulerControl(rank, num_ranks, directory, owners)
+        self.control = SchedulerControl(rank, num_ranks, engine, owners)
         self.sent: list[tuple[int, Message]] = []  # by the scheduler's end, to one rank each
         self.loses_releases = False
         self._send, self.control._outbox.send = self.control._outbox.send, self._record
@@ -41,15 +39,8 @@ class Rank:
 
 
 @contextmanager
-def socket_directory() -> Iterator[Path]:
-    """Where sockets can lie: the path of one must not be longer than about 100 characters."""
-    with tempfile.TemporaryDirectory(prefix="sidp-test-") as folder:
-        yield Path(folder)
-
-
-@contextmanager
 def ranks_in(
-    directory: Path,
+    engine: str,
     num_ranks: int,
     *,
     capacity_rows: int = 64,
@@ -57,7 +48,7 @@ def ranks_in(
 ) -> Iterator[list[Rank]]:
     """Every rank needs all others. The threads of those that are not listening are not started."""
     ranks = [
-        Rank(n, num_ranks, directory, [o for o in range(num_ranks) if o != n], capacity_rows)
+        Rank(n, num_ranks, engine, [o for o in range(num_ranks) if o != n], capacity_rows)
         for n in range(num_ranks)
     ]
     for number, rank in enumerate(ranks):

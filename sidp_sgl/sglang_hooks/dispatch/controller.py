@@ -6,7 +6,6 @@ Room: sglang_hooks. Requests wait here, not at the ranks; everything else passes
 import itertools
 import time
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import zmq
@@ -30,13 +29,11 @@ _CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelControll
 class ControllerDispatch:
     """In the DP controller process. `num_ranks`: of the group."""
 
-    def __init__(self, directory: Path, num_ranks: int) -> None:
+    def __init__(self, engine: str, num_ranks: int) -> None:
         self.dispatcher = Dispatcher(num_ranks)
-        self._states = bus.Inbox(bus.controller_address(directory))
-        self._ranks = bus.Outbox({n: bus.control_address(directory, n) for n in range(num_ranks)})
-        self._returns: zmq.Socket = zmq.Context.instance().socket(zmq.PULL)
-        self._returns.set(zmq.LINGER, 0)
-        self._returns.bind(bus.returns_address(directory))
+        self._states = bus.Inbox(bus.controller_address(engine))
+        self._ranks = bus.Outbox({n: bus.control_address(engine, n) for n in range(num_ranks)})
+        self._returns = bus.listen(bus.returns_address(engine))
         self._numbers = itertools.count()
         self._aborted: OrderedDict[str, tuple[AbortReq, int]] = OrderedDict()
         self._sent: OrderedDict[str, int] = OrderedDict()  # number, by request id

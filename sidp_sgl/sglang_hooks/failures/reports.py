@@ -1,7 +1,7 @@
 """What an engine's other processes report to its main process: pools, errors, exits.
 
-Room: sglang_hooks. An error that the main process knows of needs no traceback in the log when it
-is SiDP's own; of any other the traceback is logged first.
+An error that the main process knows of needs no traceback in the log when it is SiDP's own; of any
+other the traceback is logged first.
 """
 
 import logging
@@ -10,16 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
 from sidp_sgl.errors import SidpError
 from sidp_sgl.scheduler.lifecycle.liveness import Exited, Lifeline, Pooled, give_up, watch_process
-from sidp_sgl.scheduler.lifecycle.spawning import DIRECTORY
 from sidp_sgl.scheduler.state_receiver import StateReceiver
-from sidp_sgl.sglang_hooks.failures import sockets
 from sidp_sgl.sglang_hooks.required import Hook
 
 logger = logging.getLogger(__name__)
@@ -93,14 +90,13 @@ class ControllerReports:
     """In the DP controller process, the parent of all ranks."""
 
     def __init__(self, group: str, *, keeps_states: bool) -> None:
+        self._group = group
         self._lifeline = join(group)
         self._keeps_states = keeps_states
-        sockets.place(group, Path(os.environ[DIRECTORY]))
 
     def hooks(self) -> list[Hook]:
         controller = "sglang.srt.managers.data_parallel_controller.DataParallelController"
         return [
-            sockets.HOOK,
             Hook(f"{controller}.__init__", self._receive_states, HookType.BEFORE),
             Hook(f"{controller}.launch_dp_schedulers", self._launch_all, HookType.AROUND),
             Hook(f"{controller}.launch_tensor_parallel_group", self._launch, HookType.AROUND),
@@ -109,7 +105,7 @@ class ControllerReports:
     def _receive_states(self, controller: Any, *_: Any, **__: Any) -> None:
         """Before the ranks are launched: they connect as soon as they run."""
         if self._keeps_states:
-            controller.sidp_states = StateReceiver(Path(os.environ[DIRECTORY]))
+            controller.sidp_states = StateReceiver(self._group)
 
     def _launch_all(self, original: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
         controller.scheduler_procs = _WatchedProcesses(self._lifeline)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,6 @@ from tests.support.control import (
     Rank,
     make_state,
     ranks_in,
-    socket_directory,
     wait_until,
 )
 
@@ -26,14 +24,8 @@ def threads_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_receiver, "_POLL_SECONDS", 0.01)
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with socket_directory() as folder:
-        yield folder
-
-
-def test_rows_are_leased_when_all_owners_have_granted(directory: Path) -> None:
-    with ranks_in(directory, 3) as ranks:
+def test_rows_are_leased_when_all_owners_have_granted(engine_name: str) -> None:
+    with ranks_in(engine_name, 3) as ranks:
         assert ranks[0].control.leases(4, AMPLE_SECONDS) == {1: 0, 2: 0}
         assert ranks[1].control.leases(6, AMPLE_SECONDS) == {0: 0, 2: 4}, "beside the other's"
         assert ranks[2].ledger.leases() == {0: (1, 0, 4), 1: (1, 4, 6)}
@@ -44,8 +36,8 @@ def test_rows_are_leased_when_all_owners_have_granted(directory: Path) -> None:
         assert ranks[1].ledger.leases() == {}
 
 
-def test_a_decline_ends_the_wait_and_frees_what_others_granted(directory: Path) -> None:
-    with ranks_in(directory, 3) as ranks:
+def test_a_decline_ends_the_wait_and_frees_what_others_granted(engine_name: str) -> None:
+    with ranks_in(engine_name, 3) as ranks:
         ranks[2].refusal = "busy"
         started = time.monotonic()
         assert ranks[0].control.leases(4, AMPLE_SECONDS) is None
@@ -58,8 +50,8 @@ def test_a_decline_ends_the_wait_and_frees_what_others_granted(directory: Path) 
         assert (ranks[0].control.negotiation.declined, ranks[0].control.silences) == (1, 0)
 
 
-def test_a_full_staging_area_is_a_decline_with_its_reason(directory: Path) -> None:
-    with ranks_in(directory, 3, capacity_rows=8) as ranks:
+def test_a_full_staging_area_is_a_decline_with_its_reason(engine_name: str) -> None:
+    with ranks_in(engine_name, 3, capacity_rows=8) as ranks:
         assert ranks[0].control.leases(6, AMPLE_SECONDS) is not None
         assert ranks[1].control.leases(4, AMPLE_SECONDS) is None
         assert ranks[1].control.leases(9, AMPLE_SECONDS) is None
@@ -69,8 +61,8 @@ def test_a_full_staging_area_is_a_decline_with_its_reason(directory: Path) -> No
         wait_until(lambda: ranks[0].thread.declines == {"too many rows": 1})
 
 
-def test_silence_is_waited_for_within_its_bound(directory: Path) -> None:
-    with ranks_in(directory, 3, is_listening=lambda rank: rank == 1) as ranks:
+def test_silence_is_waited_for_within_its_bound(engine_name: str) -> None:
+    with ranks_in(engine_name, 3, is_listening=lambda rank: rank == 1) as ranks:
         started = time.monotonic()
         assert ranks[0].control.leases(4, 0.05) is None
         assert 0.045 < time.monotonic() - started < AMPLE_SECONDS
@@ -80,8 +72,8 @@ def test_silence_is_waited_for_within_its_bound(directory: Path) -> None:
         assert ranks[1].ledger.leases() == {}, "what the others granted is given back"
 
 
-def test_an_owner_that_goes_on_leaves_no_lease_of_what_was_given_up(directory: Path) -> None:
-    with ranks_in(directory, 2, is_listening=lambda rank: rank == 0) as ranks:
+def test_an_owner_that_goes_on_leaves_no_lease_of_what_was_given_up(engine_name: str) -> None:
+    with ranks_in(engine_name, 2, is_listening=lambda rank: rank == 0) as ranks:
         for _ in range(3):
             assert ranks[0].control.leases(4, 0.01) is None
         ranks[1].thread.start()
@@ -92,8 +84,8 @@ def test_an_owner_that_goes_on_leaves_no_lease_of_what_was_given_up(directory: P
         assert ranks[1].ledger.leases() == {0: (4, 0, 4)}
 
 
-def test_a_late_grant_is_given_back_where_its_release_was_lost(directory: Path) -> None:
-    with ranks_in(directory, 2, is_listening=lambda rank: rank == 0) as ranks:
+def test_a_late_grant_is_given_back_where_its_release_was_lost(engine_name: str) -> None:
+    with ranks_in(engine_name, 2, is_listening=lambda rank: rank == 0) as ranks:
         ranks[0].loses_releases = True
         assert ranks[0].control.leases(4, 0.01) is None
         ranks[0].loses_releases = False
@@ -108,8 +100,8 @@ def test_a_late_grant_is_given_back_where_its_release_was_lost(directory: Path) 
         assert ranks[0].control.negotiation.stale == 1
 
 
-def test_a_lease_that_was_never_released_ends_with_the_ranks_next_request(directory: Path) -> None:
-    with ranks_in(directory, 2, capacity_rows=8) as ranks:
+def test_a_lease_that_was_never_released_ends_with_the_ranks_next_request(engine_name: str) -> None:
+    with ranks_in(engine_name, 2, capacity_rows=8) as ranks:
         ranks[0].loses_releases = True
         for step in range(1, 6):
             assert ranks[0].control.leases(5, AMPLE_SECONDS) == {1: 0}
@@ -117,8 +109,8 @@ def test_a_lease_that_was_never_released_ends_with_the_ranks_next_request(direct
             ranks[0].control.release()
 
 
-def test_a_rank_that_ends_without_a_release_holds_its_own_rows_only(directory: Path) -> None:
-    with ranks_in(directory, 3, capacity_rows=8) as ranks:
+def test_a_rank_that_ends_without_a_release_holds_its_own_rows_only(engine_name: str) -> None:
+    with ranks_in(engine_name, 3, capacity_rows=8) as ranks:
         assert ranks[0].control.leases(5, AMPLE_SECONDS) is not None
         ranks[0].control.close()
         ranks[0].thread.close()
@@ -128,8 +120,8 @@ def test_a_rank_that_ends_without_a_release_holds_its_own_rows_only(directory: P
         assert "staging full" not in ranks[2].thread.declines
 
 
-def test_rows_that_were_asked_for_ahead_are_used_if_they_suffice(directory: Path) -> None:
-    with ranks_in(directory, 2) as ranks:
+def test_rows_that_were_asked_for_ahead_are_used_if_they_suffice(engine_name: str) -> None:
+    with ranks_in(engine_name, 2) as ranks:
         requester = ranks[0].control
         requester.ask(8)
         assert requester.leases(5, AMPLE_SECONDS) == {1: 0}
@@ -140,9 +132,9 @@ def test_rows_that_were_asked_for_ahead_are_used_if_they_suffice(directory: Path
         assert ranks[1].ledger.leases() == {0: (2, 0, 9)}
 
 
-def test_a_rank_that_needs_nobody_waits_for_nobody(directory: Path) -> None:
-    with ranks_in(directory, 2, is_listening=lambda rank: False):
-        rank = Rank(2, 3, directory, owners=[], capacity_rows=8)
+def test_a_rank_that_needs_nobody_waits_for_nobody(engine_name: str) -> None:
+    with ranks_in(engine_name, 2, is_listening=lambda rank: False):
+        rank = Rank(2, 3, engine_name, owners=[], capacity_rows=8)
         assert rank.control.leases(4, 0.0) == {}
         assert rank.sent == []
         rank.control.close()
@@ -150,9 +142,9 @@ def test_a_rank_that_needs_nobody_waits_for_nobody(directory: Path) -> None:
         rank.thread._answers.close()
 
 
-def test_what_is_nobodys_or_nonsense_does_not_stop_the_thread(directory: Path) -> None:
-    with ranks_in(directory, 2) as ranks:
-        strange = bus.Outbox({1: bus.control_address(directory, 1)})
+def test_what_is_nobodys_or_nonsense_does_not_stop_the_thread(engine_name: str) -> None:
+    with ranks_in(engine_name, 2) as ranks:
+        strange = bus.Outbox({1: bus.control_address(engine_name, 1)})
         strange.send(1, CasRequest(1, 1, 4))  # from itself
         strange.send(1, CasRequest(7, 1, 4))  # from a rank that does not exist
         strange.send(1, CasRelease(7, 9))
@@ -163,9 +155,9 @@ def test_what_is_nobodys_or_nonsense_does_not_stop_the_thread(directory: Path) -
         strange.close()
 
 
-def test_states_reach_all_other_ranks_and_the_controller(directory: Path) -> None:
-    receiver = StateReceiver(directory)
-    with ranks_in(directory, 3) as ranks:
+def test_states_reach_all_other_ranks_and_the_controller(engine_name: str) -> None:
+    receiver = StateReceiver(engine_name)
+    with ranks_in(engine_name, 3) as ranks:
         for number, rank in enumerate(ranks):
             rank.control.publish(make_state(number, 1, running=number), 0.0)
         for number, rank in enumerate(ranks):
@@ -179,9 +171,9 @@ def test_states_reach_all_other_ranks_and_the_controller(directory: Path) -> Non
     receiver.close()
 
 
-def test_an_older_state_that_comes_later_changes_nothing(directory: Path) -> None:
-    receiver = StateReceiver(directory)
-    outbox = bus.Outbox({0: bus.controller_address(directory)})
+def test_an_older_state_that_comes_later_changes_nothing(engine_name: str) -> None:
+    receiver = StateReceiver(engine_name)
+    outbox = bus.Outbox({0: bus.controller_address(engine_name)})
     for number in (5, 4, 6):
         outbox.send(0, StateUpdate(make_state(2, number, running=number)))
         if number == 4:
@@ -194,8 +186,8 @@ def test_an_older_state_that_comes_later_changes_nothing(directory: Path) -> Non
     outbox.close()
 
 
-def test_nothing_is_sent_while_nothing_changes(directory: Path) -> None:
-    with ranks_in(directory, 2) as ranks:
+def test_nothing_is_sent_while_nothing_changes(engine_name: str) -> None:
+    with ranks_in(engine_name, 2) as ranks:
         sent: list[StateUpdate] = []
         ranks[0].control._outbox.send_to_all = sent.append  # type: ignore[method-assign,assignment]
         state = make_state(0, 1)
@@ -207,8 +199,8 @@ def test_nothing_is_sent_while_nothing_changes(directory: Path) -> None:
         assert ranks[0].sent == [], "nor is anything asked or released"
 
 
-def test_a_receiver_of_states_that_is_stopped_holds_up_nobody(directory: Path) -> None:
-    with ranks_in(directory, 2, is_listening=lambda rank: False) as ranks:
+def test_a_receiver_of_states_that_is_stopped_holds_up_nobody(engine_name: str) -> None:
+    with ranks_in(engine_name, 2, is_listening=lambda rank: False) as ranks:
         started = time.monotonic()
         for number in range(5000):
             ranks[0].control.publish(make_state(0, number, running=number), 0.0)

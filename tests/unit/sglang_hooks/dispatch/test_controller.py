@@ -1,7 +1,6 @@
 """The DP controller's hooks around the dispatch policy, with a controller and ranks of straw."""
 
 from array import array
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,8 +61,8 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
 
 
 @pytest.fixture
-def dispatch(tmp_path: Path) -> ControllerDispatch:
-    return ControllerDispatch(tmp_path, 2)
+def dispatch(engine_name: str) -> ControllerDispatch:
+    return ControllerDispatch(engine_name, 2)
 
 
 def state(rank: int, headroom: int, received: int = 0) -> RankState:
@@ -142,10 +141,10 @@ def send(dispatch: ControllerDispatch, controller: Controller, each: Any) -> Non
 
 
 def test_a_rank_gives_back_the_latest_that_have_not_begun(
-    dispatch: ControllerDispatch, controller: Controller, tmp_path: Path
+    dispatch: ControllerDispatch, controller: Controller, engine_name: str
 ) -> None:
     control = SimpleNamespace(recalled=0)
-    rank = WaitingRequests(1, control, tmp_path)  # type: ignore[arg-type]
+    rank = WaitingRequests(1, control, engine_name)  # type: ignore[arg-type]
     names = ["first", "second", "wanted here", "third", "begun"]
     sent = [request(name, rank=1 if name == "wanted here" else None) for name in names]
     for each in sent:
@@ -170,13 +169,13 @@ def test_a_rank_gives_back_the_latest_that_have_not_begun(
 
 
 def test_an_abort_means_nobody_who_comes_later(
-    dispatch: ControllerDispatch, controller: Controller, tmp_path: Path
+    dispatch: ControllerDispatch, controller: Controller, engine_name: str
 ) -> None:
     """SGLang takes the id of an abort as a prefix: what has come since begins alike."""
     dispatch._on_message(controller, AbortReq(rid="soak-9"))
     dispatch._on_message(controller, AbortReq(rid="", abort_all=True))
     control = SimpleNamespace(recalled=0)
-    rank = WaitingRequests(1, control, tmp_path)  # type: ignore[arg-type]
+    rank = WaitingRequests(1, control, engine_name)  # type: ignore[arg-type]
     late = request("soak-90")
     send(dispatch, controller, late)
     rank._after_ingest([late], straw_scheduler([]))
@@ -189,8 +188,8 @@ def test_an_abort_means_nobody_who_comes_later(
     assert controller.log == []
 
 
-def test_the_ranks_hear_what_was_dispatched(dispatch: ControllerDispatch, tmp_path: Path) -> None:
-    inbox = bus.Inbox(bus.control_address(tmp_path, 0))
+def test_the_ranks_hear_what_was_dispatched(dispatch: ControllerDispatch, engine_name: str) -> None:
+    inbox = bus.Inbox(bus.control_address(engine_name, 0))
     dispatch.dispatcher.window.add(dispatch._queued(request("waits")))
     assert dispatch._publish()
     update = inbox.receive(2.0)
