@@ -1,24 +1,11 @@
 """What SGLang calls, in every process it starts: registers, nothing else."""
 
-import os
-
 
 def register() -> None:
-    """Entry point of group `sglang.srt.plugins`.
+    """Entry point of group `sglang.srt.plugins`; SGLang logs an exception and goes on without."""
+    from sidp_sgl import runtime
 
-    SGLang logs an exception and goes on without the plugin; a process of an engine with --sidp
-    must not.
-    """
-    try:
-        from sidp_sgl import runtime
-
-        runtime.register()
-    except Exception as error:
-        if group := os.environ.get("SIDP_GROUP"):
-            from sidp_sgl.scheduler.lifecycle.liveness import give_up
-
-            give_up(group, None, error)
-        raise
+    runtime.register()
 
 
 def activate_cpu_platform() -> str | None:

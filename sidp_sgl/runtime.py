@@ -4,10 +4,9 @@ Nothing happens without --sidp, but for the flags and, on machines without an ac
 platform's own hooks.
 """
 
-import os
+import threading
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from msgspec import structs
@@ -15,12 +14,12 @@ from sglang.srt.arg_groups.overrides import model_config_of
 from sglang.srt.platforms import current_platform
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_device, get_exec, get_observability, get_parallel
+from tqdm import tqdm
 
 from sidp_sgl import __version__
 from sidp_sgl.config import OWN_DISPATCH, SidpConfig
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
-from sidp_sgl.scheduler.lifecycle.spawning import DIRECTORY
 from sidp_sgl.scheduler.member import Member
 from sidp_sgl.scheduler.status import CasStatus, DispatchStatus, Status, StepsStatus, WasStatus
 from sidp_sgl.sglang_hooks import arguments, refusals, required
@@ -32,7 +31,7 @@ from sidp_sgl.sglang_hooks.cuda import defaults as cuda_defaults
 from sidp_sgl.sglang_hooks.cuda.graphs import GraphHooks
 from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
 from sidp_sgl.sglang_hooks.failures import engine as failures
-from sidp_sgl.sglang_hooks.failures import reports
+from sidp_sgl.sglang_hooks.failures import reports, sockets
 from sidp_sgl.sglang_hooks.model.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.model.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.required import Hook
@@ -66,8 +65,12 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     config = arguments.config_of(server_args)
     if role == "dp_controller":
         required.apply(controller_hooks(config, server_args.dp_size))
+    if role == "scheduler":
+        # tqdm's own lock is a named semaphore, which may outlive a process that is killed.
+        tqdm.set_lock(threading.RLock())
     if config is None:
         return
+    required.apply(sockets.HOOKS)
     if role == "tokenizer":
         required.apply(refusals.runtime_hooks())
     if role == "detokenizer":
@@ -90,7 +93,7 @@ class Rank:
         member: Member,
         rank_reports: reports.RankReports,
     ) -> None:
-        self.config, directory = config, Path(os.environ[DIRECTORY])
+        self.config = config
         self.member = member
         self.dp_rank, self.dp_size = member.dp_rank, get_parallel().dp_size
         # As resolved: the arguments themselves stay as the user gave them.
@@ -113,7 +116,7 @@ class Rank:
             self.dp_rank,
             self.dp_size,
             planned.asked(self.dp_rank),
-            directory,
+            config.group,
             capacity_rows(self.dp_size),
             ROWS_PER_RANK,
         )
@@ -126,7 +129,7 @@ class Rank:
             loads_in_place=not self.model_config.quantization,
         )
         self.reader = CheckpointReader(self.offloader.is_placeholder)
-        self.waiting = WaitingRequests(self.dp_rank, self.control.controller, directory)
+        self.waiting = WaitingRequests(self.dp_rank, self.control.controller, config.group)
         steps = RankSteps(self.control, self.pool, self.execution, lambda: self.waiting.received)
         metrics = Metrics(self.status) if get_observability().enable_metrics else None
         self.hooks = SchedulerHooks(rank_reports, self.pool, self.waiting, steps, metrics)

@@ -6,15 +6,12 @@ tools and log probabilities mean the same.
 """
 
 import contextlib
-import glob
 import io
-import multiprocessing
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -27,8 +24,6 @@ from sidp_sgl.errors import SidpError, SidpUsageError
 from sidp_sgl.scheduler.lifecycle.liveness import one_line
 
 _USAGE = 2  # exit code of a command line that is wrong
-# Of named semaphores: those of ranks that were killed stay, and are found by it.
-_SEMAPHORES = f"sidp-batch-{os.getpid()}"
 _REFUSED = {
     "skip_tokenizer_init": "texts go in and out",
     "is_embedding": "it generates text",
@@ -36,7 +31,7 @@ _REFUSED = {
     "smg_grpc_mode": "it is no server",
     "use_ray": "it runs on one node; use one job per node",
 }
-_leftovers: list[str] = []
+_snapshots: list[str] = []  # paths
 
 
 def main(address: str, arguments: Sequence[str]) -> None:
@@ -63,7 +58,7 @@ def main(address: str, arguments: Sequence[str]) -> None:
             serve(engine, socket)
         finally:
             engine.shutdown()
-            _remove_leftovers()
+            _remove_snapshot()
     finally:
         context.destroy(linger=1000)
 
@@ -103,16 +98,16 @@ def _start(server_args: Any) -> Any:
     import sglang
     from sglang.srt.managers.load_snapshot import shm_path_for
 
-    multiprocessing.current_process()._config["semprefix"] = f"/{_SEMAPHORES}"  # type: ignore
     engine = sglang.Engine(server_args=server_args)
-    _leftovers.append(shm_path_for(engine.port_args.instance_id))
+    _snapshots.append(shm_path_for(engine.port_args.instance_id))
     return engine
 
 
-def _remove_leftovers() -> None:
-    """What plain SGLang leaves in shared memory."""
-    for path in [*_leftovers, *glob.glob(f"/dev/shm/sem.{_SEMAPHORES}-*")]:
-        Path(path).unlink(missing_ok=True)
+def _remove_snapshot() -> None:
+    """Without --sidp SGLang leaves it in shared memory."""
+    for path in _snapshots:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def _end_with_the_job() -> None:
@@ -122,7 +117,7 @@ def _end_with_the_job() -> None:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    _remove_leftovers()
+    _remove_snapshot()
     os._exit(1)
 
 

@@ -51,6 +51,7 @@ class EngineProcess:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)  # the job bounds what is under way
+        self._socket.set(zmq.IPC_FILTER_UID, os.getuid())
         address = f"ipc://@sidp-batch-{uuid.uuid4().hex}"  # abstract: leaves no file
         self._socket.bind(address)
         self._process = subprocess.Popen(

@@ -1,13 +1,13 @@
-"""Control messages over ZMQ: `ipc://` sockets in the engine's own directory.
+"""Control messages over ZMQ.
 
 Sending never blocks and nothing depends on an arrival: a message that can't be sent is dropped and
-counted, one that can't be read as well. A socket belongs to one thread.
+counted, one that can't be read as well. A socket belongs to one thread. The addresses are abstract:
+nothing of them is left, however a process ends.
 """
 
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import zmq
 
@@ -17,29 +17,39 @@ from sidp_sgl.scheduler.messages import Message
 _QUEUE = 1000  # messages that may wait for a receiver that is stopped
 
 
-def requests_address(directory: Path, rank: int) -> str:
+def requests_address(engine: str, rank: int) -> str:
     """Where a rank hears requests for leases, and their releases."""
-    return f"ipc://{directory}/sidp-requests-{rank}"
+    return f"ipc://@sidp-{engine}-requests-{rank}"
 
 
-def answers_address(directory: Path, rank: int) -> str:
+def answers_address(engine: str, rank: int) -> str:
     """Where a rank hears the answers to its own requests."""
-    return f"ipc://{directory}/sidp-answers-{rank}"
+    return f"ipc://@sidp-{engine}-answers-{rank}"
 
 
-def dispatch_address(directory: Path, rank: int) -> str:
+def dispatch_address(engine: str, rank: int) -> str:
     """Where a rank hears the DP controller."""
-    return f"ipc://{directory}/sidp-dispatch-{rank}"
+    return f"ipc://@sidp-{engine}-dispatch-{rank}"
 
 
-def states_address(directory: Path) -> str:
+def states_address(engine: str) -> str:
     """Where the DP controller hears the ranks."""
-    return f"ipc://{directory}/sidp-states"
+    return f"ipc://@sidp-{engine}-states"
 
 
-def returns_address(directory: Path) -> str:
+def returns_address(engine: str) -> str:
     """Where the DP controller takes requests that ranks give back."""
-    return f"ipc://{directory}/sidp-returns"
+    return f"ipc://@sidp-{engine}-returns"
+
+
+def listen(address: str) -> zmq.Socket:
+    """A PULL socket that takes messages of this user's processes only."""
+    socket: zmq.Socket = zmq.Context.instance().socket(zmq.PULL)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.RCVHWM, _QUEUE)
+    socket.set(zmq.IPC_FILTER_UID, os.getuid())
+    socket.bind(address)
+    return socket
 
 
 class Inbox:
@@ -47,11 +57,7 @@ class Inbox:
 
     def __init__(self, address: str) -> None:
         self.malformed = 0
-        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.PULL)
-        self._socket.set(zmq.LINGER, 0)
-        self._socket.set(zmq.RCVHWM, _QUEUE)
-        self._socket.bind(address)
-        os.chmod(address.removeprefix("ipc://"), 0o600)
+        self._socket = listen(address)
 
     @property
     def socket(self) -> zmq.Socket:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.dispatch.link import ControllerLink
@@ -25,7 +24,7 @@ class ControlPlane:
         rank: int,
         num_ranks: int,
         owners: Sequence[int],
-        directory: Path,
+        engine: str,
         capacity_rows: int,
         max_rows: int,
     ) -> None:
@@ -33,13 +32,13 @@ class ControlPlane:
         self.own_batch_size = 0  # kept up to date by the scheduler
         self.share = ServiceShare()
         self.lease_server = LeaseServer(
-            rank, num_ranks, directory, LeaseLedger(capacity_rows), self._refusal
+            rank, num_ranks, engine, LeaseLedger(capacity_rows), self._refusal
         )
-        self.controller = ControllerLink(rank, directory)
+        self.controller = ControllerLink(rank, engine)
         threshold = config.sidp_batch_threshold
         self.modes = StepModes(
             ModePolicy(config.sidp_mode),
-            LeaseClient(rank, directory, sorted(set(owners) - {rank})),
+            LeaseClient(rank, engine, sorted(set(owners) - {rank})),
             max_rows,
             None if isinstance(threshold, str) else threshold,
         )

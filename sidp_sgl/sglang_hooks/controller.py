@@ -1,19 +1,15 @@
 """What SiDP does at each place of SGLang's `DataParallelController`."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 from sglang.srt.platforms import current_platform
 from sglang.srt.plugins.hook_registry import HookType
 
 from sidp_sgl.config import SidpConfig
-from sidp_sgl.scheduler.lifecycle.spawning import DIRECTORY
 from sidp_sgl.sglang_hooks.cpu.platform import SidpCpuPlatform
 from sidp_sgl.sglang_hooks.cpu.sleeping_loop import sleeping_loop
 from sidp_sgl.sglang_hooks.cuda import colocation
 from sidp_sgl.sglang_hooks.dispatch.event_loop import DispatchLoop
-from sidp_sgl.sglang_hooks.failures import sockets
 from sidp_sgl.sglang_hooks.failures.reports import ControllerReports
 from sidp_sgl.sglang_hooks.required import Hook
 
@@ -25,15 +21,13 @@ def controller_hooks(config: SidpConfig | None, num_ranks: int) -> list[Hook]:
     is_cpu = current_platform.device_name == SidpCpuPlatform.device_name
     if config is None:
         return [_event_loop(sleeping_loop)] if is_cpu else []
-    directory = Path(os.environ[DIRECTORY])
     reports = ControllerReports(config.group)
-    sockets.place(config.group, directory)
-    hooks = [sockets.HOOK, Hook("multiprocessing.Process.start", reports.start, HookType.AROUND)]
+    hooks = [Hook("multiprocessing.Process.start", reports.start, HookType.AROUND)]
     if config.sidp_colocate:
         launch = f"{_CONTROLLER}.launch_tensor_parallel_group"
         hooks.append(Hook(launch, colocation.launch_on_first_gpu, HookType.AROUND))
     if config.own_dispatch:
-        hooks.append(_event_loop(DispatchLoop(directory, num_ranks).event_loop))
+        hooks.append(_event_loop(DispatchLoop(config.group, num_ranks).event_loop))
     elif is_cpu:
         hooks.append(_event_loop(sleeping_loop))
     return hooks

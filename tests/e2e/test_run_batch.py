@@ -54,13 +54,13 @@ def test_a_job_through_a_killed_rank_and_ctrl_c(
     with run_batch(tmp_path, "--max-in-flight", "16") as first:
         first.wait_for_records(20)
         victim = first.rank_processes()[1]
-        traces.remember(victim)
+        traces.processes()
         victim.kill()
         with run_batch(tmp_path) as second:  # meanwhile
             assert second.wait() == 2
         assert "written by another run-batch" in first.log.read_text()
         first.wait_for_records(first.num_records() + 20)
-        traces.remember(first.rank_processes()[0])
+        traces.processes()
         os.kill(first.process.pid, signal.SIGINT)
         assert first.wait() == 130
     log = first.log.read_text()

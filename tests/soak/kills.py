@@ -62,9 +62,7 @@ class Kills:
                 if running.process.poll() is not None:
                     self.problems.append(f"the job has ended before event {len(self.events)}")
                     return
-                for rank in running.rank_processes():
-                    with suppress(psutil.NoSuchProcess):
-                        self._traces.remember(rank)
+                self._traces.processes()
                 is_running = self._strike(name, running)
                 self.events.append(
                     {

@@ -1,10 +1,8 @@
-"""Lease servers and clients of several ranks in one process, over sockets in a short directory."""
+"""Lease servers and clients of several ranks in one process, over real sockets."""
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from sidp_sgl.scheduler.messages import LeaseRelease, LeaseRequest, Message
 from sidp_sgl.scheduler.modes.lease_client import LeaseClient
@@ -18,14 +16,14 @@ class Rank:
     """One rank: its server and its client. `refusal`: why it does not serve, if so."""
 
     def __init__(
-        self, rank: int, num_ranks: int, directory: Path, owners: list[int], capacity_rows: int
+        self, rank: int, num_ranks: int, engine: str, owners: list[int], capacity_rows: int
     ) -> None:
         self.refusal: str | None = None
         self.ledger = LeaseLedger(capacity_rows)
         self.server = LeaseServer(
-            rank, num_ranks, directory, self.ledger, refusal=lambda: self.refusal
+            rank, num_ranks, engine, self.ledger, refusal=lambda: self.refusal
         )
-        self.client = LeaseClient(rank, directory, owners)
+        self.client = LeaseClient(rank, engine, owners)
         self.sent: list[tuple[int, Message]] = []  # by the client
         self.loses_releases = False
         self._send, self.client.outbox.send = self.client.outbox.send, self._record  # type: ignore[method-assign]
@@ -41,15 +39,8 @@ class Rank:
 
 
 @contextmanager
-def socket_directory() -> Iterator[Path]:
-    """Where sockets can lie: the path of one must not be longer than about 100 characters."""
-    with tempfile.TemporaryDirectory(prefix="sidp-test-") as folder:
-        yield Path(folder)
-
-
-@contextmanager
 def ranks_in(
-    directory: Path,
+    engine: str,
     num_ranks: int,
     *,
     capacity_rows: int = 64,
@@ -57,7 +48,7 @@ def ranks_in(
 ) -> Iterator[list[Rank]]:
     """Every rank needs all others. The threads of those that are not listening are not started."""
     ranks = [
-        Rank(n, num_ranks, directory, [o for o in range(num_ranks) if o != n], capacity_rows)
+        Rank(n, num_ranks, engine, [o for o in range(num_ranks) if o != n], capacity_rows)
         for n in range(num_ranks)
     ]
     for number, rank in enumerate(ranks):

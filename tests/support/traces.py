@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 import uuid
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -19,33 +20,29 @@ class Traces:
         self.folder = folder
         self._mark = uuid.uuid4().hex
         self._segments: set[Path] = set()
-        self._groups: set[str] = set()
-        self._children_before = psutil.Process().children()  # a resource tracker of other tests
+        self._has_looked = False
+        resource_tracker.ensure_running()  # multiprocessing's own; stays with this process
+        self._children_before = psutil.Process().children()
         monkeypatch.setenv(MARK, self._mark)
+        monkeypatch.setenv("SPT_NOENV", "1")  # setproctitle would write over the mark
         monkeypatch.setenv("TMPDIR", str(folder))
+        monkeypatch.delenv("CUDA_TILE_TEMP_DIR", raising=False)  # of an engine before
         monkeypatch.setattr(tempfile, "tempdir", None)
 
     def processes(self) -> list[psutil.Process]:
-        """All that run; also remembers their shared memory and their engines' names."""
+        """All that run; also remembers their shared memory."""
         found = []
         for process in psutil.process_iter():
             try:
-                environment = process.environ()
-                if environment.get(MARK) != self._mark:
+                if process.environ().get(MARK) != self._mark:
                     continue
                 found.append(process)
                 mapped = [Path(entry.path) for entry in process.memory_maps()]
                 self._segments.update(p for p in mapped if p.parent == Path("/dev/shm"))
-                if group := environment.get("SIDP_GROUP"):
-                    self._groups.add(group)
             except psutil.Error:
                 continue  # gone meanwhile, or another user's
+        self._has_looked |= bool(found)
         return found
-
-    def remember(self, process: psutil.Process) -> None:
-        """The engine that one of its processes belongs to; quicker than `processes`."""
-        if group := process.environ().get("SIDP_GROUP"):
-            self._groups.add(group)
 
     def new_children(self) -> list[psutil.Process]:
         """Children of this process that were not there before, zombies included."""
@@ -54,19 +51,16 @@ class Traces:
     def left(self) -> list[object]:
         """Processes, segments, sockets and files that are still there."""
         # Unlike rglob, walk does not mind folders that go meanwhile.
-        files = [Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names]
-        folders = list(self.folder.glob("sidp-*"))
+        files = [Path(top, name) for top, dirs, names in os.walk(self.folder) for name in names]
         segments = [path for path in self._segments if path.exists()]
-        for group in self._groups:
-            segments += Path("/dev/shm").glob(f"*{group}*")
-        return [*self.processes(), *segments, *files, *folders]
+        return [*self.processes(), *segments, *files]
 
     def assert_nothing_left(self, seconds: float) -> None:
+        assert self._has_looked, "the test has not looked while the engine ran"
         deadline = time.monotonic() + seconds
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not left
-        assert self._groups, "the test has not looked while the engine ran"
 
 
 def ranks(main_pid: int) -> list[psutil.Process]:

@@ -1,8 +1,8 @@
 """Faults on purpose: SGLang finds them, and they are as frequent as they were asked for."""
 
 import time
+import uuid
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +10,6 @@ from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.modes.policy import CAS, WAS
 from tests.support import disturbances
-from tests.support.control import socket_directory
 from tests.support.disturbances import (
     Disturbances,
     DisturbedAnswers,
@@ -24,8 +23,8 @@ def plugins() -> set[str]:
     return {plugin.value for plugin in entry_points(group="sglang.srt.plugins")}
 
 
-def make_control_plane(directory: Path) -> ControlPlane:
-    return ControlPlane(SidpConfig(sidp=True), 0, 2, [0, 1], directory, 64, 64)
+def make_control_plane(engine_name: str) -> ControlPlane:
+    return ControlPlane(SidpConfig(sidp=True), 0, 2, [0, 1], engine_name, 64, 64)
 
 
 def test_sglang_finds_the_plugin_while_it_is_wanted() -> None:
@@ -40,12 +39,11 @@ def test_the_plugin_disturbs_the_control_planes_of_its_process(
 ) -> None:
     monkeypatch.setattr(ControlPlane, "__init__", ControlPlane.__init__)  # put back afterwards
     install()
-    with socket_directory() as directory:
-        plane = make_control_plane(directory)
-        assert plane.lease_server.refusal() is None, "without its variable the plugin does nothing"
-        assert not isinstance(plane.modes.policy, ForcedSwitches)
-    with socket_directory() as directory, disturbed(Disturbances(switch_every=5, decline=1.0)):
-        plane = make_control_plane(directory)
+    plane = make_control_plane(uuid.uuid4().hex)
+    assert plane.lease_server.refusal() is None, "without its variable the plugin does nothing"
+    assert not isinstance(plane.modes.policy, ForcedSwitches)
+    with disturbed(Disturbances(switch_every=5, decline=1.0)):
+        plane = make_control_plane(uuid.uuid4().hex)
         assert plane.lease_server.refusal() == "disturbed"
         assert [plane.modes.policy.decide(1, None) for _ in range(6)] == [CAS] * 5 + [WAS]
 

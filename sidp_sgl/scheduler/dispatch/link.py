@@ -1,7 +1,5 @@
 """A rank's end of the dispatch: its states go to the DP controller, and recalls come back."""
 
-from pathlib import Path
-
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.messages import DispatchUpdate, RankState, Recall
 
@@ -12,10 +10,10 @@ _REPEAT_SECONDS = 0.1  # small changes are published at most this often
 class ControllerLink:
     """For the scheduler's thread. Nothing is waited for."""
 
-    def __init__(self, rank: int, directory: Path) -> None:
+    def __init__(self, rank: int, engine: str) -> None:
         self.update = DispatchUpdate(0, 0, 0)  # the controller's latest
-        self.inbox = bus.Inbox(bus.dispatch_address(directory, rank))
-        self.outbox = bus.Outbox({0: bus.states_address(directory)})
+        self.inbox = bus.Inbox(bus.dispatch_address(engine, rank))
+        self.outbox = bus.Outbox({0: bus.states_address(engine)})
         self._published: RankState | None = None
         self._published_at = 0.0
 

@@ -1,8 +1,7 @@
 """One engine with --sidp as its main process sees it: starting, running, failed or closed.
 
-Whatever ends one process of the engine ends the engine: the first failure is
-kept, the other processes are killed, everybody who waits for an answer gets the failure, and
-nothing of the engine stays.
+Whatever ends one process of the engine ends the engine: the first failure is kept, the other
+processes are killed, and everybody who waits for an answer gets the failure.
 """
 
 import asyncio
@@ -11,12 +10,13 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
+import psutil
+
 from sidp_sgl.errors import SidpError
-from sidp_sgl.scheduler.lifecycle import spawning
-from sidp_sgl.scheduler.lifecycle.janitor import Janitor
 from sidp_sgl.scheduler.lifecycle.liveness import (
     Exited,
     Failed,
@@ -33,6 +33,7 @@ Result = TypeVar("Result")
 _LAST_MESSAGE_SECONDS = 1.0  # a process's own reason is preferred to how it ended
 _SETTLE_SECONDS = 5.0
 _POOLED_SECONDS = 10.0
+_KILL_SECONDS = 8.0
 _REAP_SECONDS = 5.0
 _WAKE_TRIES = 50
 
@@ -55,25 +56,17 @@ class Guard:
         self._state = threading.Condition()
         self._release_lock = threading.Lock()
         self._pooled: set[Member] = set()
-        self._processes: list[BaseProcess] = []
+        self._processes: list[tuple[BaseProcess, psutil.Process]] = []
         self._waiting: set[asyncio.Task] = set()
-        self._janitor = Janitor(group)
-        self.directory = self._janitor.directory
         self._lifeline = LifelineServer(group, self._on_message)
-
-    @contextmanager
-    def spawning(self) -> Iterator[None]:
-        """Processes started inside belong to the engine."""
-        with spawning.marked(self.group, self.directory):
-            yield
 
     def watch(self, process: BaseProcess, name: str) -> None:
         """`process` is a child of this process; when it ends, the engine has failed."""
-        self._processes.append(process)
+        self._processes.append((process, psutil.Process(process.pid)))
         watch_process(process, lambda pid, code: self._on_child_exit(name, pid, code))
 
     def watches(self, process: BaseProcess) -> bool:
-        return process in self._processes
+        return any(process is watched for watched, _ in self._processes)
 
     def _on_message(self, message: Message) -> None:
         match message:
@@ -172,7 +165,7 @@ class Guard:
 
     def explanation(self) -> RankFailure | None:
         """The failure behind an error of the start; None where the engine's processes all live."""
-        if any(process.exitcode is not None for process in self._processes):
+        if any(process.exitcode is not None for process, _ in self._processes):
             self._wait_for_failure(_SETTLE_SECONDS)
         return None if self.failure is None else self._new_failure()
 
@@ -192,7 +185,7 @@ class Guard:
         self.is_ready = True
 
     def close(self) -> None:
-        """End the engine; returns when its processes, files and segments are gone."""
+        """End the engine; returns when its processes have ended."""
         with self._state:
             self.is_closed = True
             self._state.notify_all()
@@ -200,11 +193,45 @@ class Guard:
 
     def _release(self) -> None:
         with self._release_lock:
-            self._janitor.close()
+            _kill([known for _, known in self._processes])
             self._lifeline.close()
-            for process in self._processes:
+            for process, _ in self._processes:
                 _reap(process)
-            spawning.stop_own_tracker()
+
+
+@contextmanager
+def spawning() -> Iterator[None]:
+    """Processes started inside, and theirs, leave a terminal's Ctrl-C to this process."""
+    resource_tracker.ensure_running()  # its start, which comes with the first process, unblocks it
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    """SIGKILL them and all theirs; returns when they have ended.
+
+    One that starts meanwhile, or whose parent has gone before, ends by its lifeline.
+    """
+    doomed = list(processes)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            doomed += process.children(recursive=True)
+    for process in doomed:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    deadline = time.monotonic() + _KILL_SECONDS
+    while any(map(_is_running, doomed)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _reap(process: BaseProcess) -> None:

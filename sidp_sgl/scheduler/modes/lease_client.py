@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.messages import LeaseDecline, LeaseGrant
@@ -12,12 +11,12 @@ from sidp_sgl.scheduler.modes.negotiation import Negotiation
 class LeaseClient:
     """`owners`: the ranks that this one needs in a CaS step. For the scheduler's thread."""
 
-    def __init__(self, rank: int, directory: Path, owners: Sequence[int]) -> None:
+    def __init__(self, rank: int, engine: str, owners: Sequence[int]) -> None:
         self.negotiation = Negotiation(rank, owners)
         self.silences = 0  # requests whose answers did not come in time
         self.wait_seconds = 0.0
-        self.inbox = bus.Inbox(bus.answers_address(directory, rank))
-        self.outbox = bus.Outbox({n: bus.requests_address(directory, n) for n in owners})
+        self.inbox = bus.Inbox(bus.answers_address(engine, rank))
+        self.outbox = bus.Outbox({n: bus.requests_address(engine, n) for n in owners})
 
     def ask(self, rows: int) -> None:
         """Ask all owners to lease `rows` staging rows for the next step."""

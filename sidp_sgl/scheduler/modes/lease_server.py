@@ -3,7 +3,6 @@
 import threading
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.messages import LeaseDecline, LeaseRelease, LeaseRequest
@@ -19,7 +18,7 @@ class LeaseServer:
         self,
         rank: int,
         num_ranks: int,
-        directory: Path,
+        engine: str,
         ledger: LeaseLedger,
         refusal: Callable[[], str | None],
     ) -> None:
@@ -28,8 +27,8 @@ class LeaseServer:
         self._rank = rank
         self._ledger = ledger
         self._peers = [peer for peer in range(num_ranks) if peer != rank]
-        self.inbox = bus.Inbox(bus.requests_address(directory, rank))
-        self.outbox = bus.Outbox({n: bus.answers_address(directory, n) for n in self._peers})
+        self.inbox = bus.Inbox(bus.requests_address(engine, rank))
+        self.outbox = bus.Outbox({n: bus.answers_address(engine, n) for n in self._peers})
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="sidp-leases", daemon=True)
 

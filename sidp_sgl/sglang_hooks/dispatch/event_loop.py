@@ -6,7 +6,6 @@ Requests wait here, not at the ranks; everything else passes through as always.
 import itertools
 import time
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import zmq
@@ -27,13 +26,11 @@ _REMEMBERED = 10_000  # latest aborts; latest requests that went to ranks
 class DispatchLoop:
     """In the DP controller process. `num_ranks`: of the group."""
 
-    def __init__(self, directory: Path, num_ranks: int) -> None:
+    def __init__(self, engine: str, num_ranks: int) -> None:
         self.dispatcher = Dispatcher(num_ranks)
-        self._states = bus.Inbox(bus.states_address(directory))
-        self._ranks = bus.Outbox({n: bus.dispatch_address(directory, n) for n in range(num_ranks)})
-        self._returns: zmq.Socket = zmq.Context.instance().socket(zmq.PULL)
-        self._returns.set(zmq.LINGER, 0)
-        self._returns.bind(bus.returns_address(directory))
+        self._states = bus.Inbox(bus.states_address(engine))
+        self._ranks = bus.Outbox({n: bus.dispatch_address(engine, n) for n in range(num_ranks)})
+        self._returns = bus.listen(bus.returns_address(engine))
         self._numbers = itertools.count()
         self._aborted: OrderedDict[str, tuple[AbortReq, int]] = OrderedDict()
         self._sent: OrderedDict[str, int] = OrderedDict()  # number, by request id

@@ -3,7 +3,6 @@
 Only requests that have not begun can move; they go back as they came.
 """
 
-from pathlib import Path
 from typing import Any
 
 import zmq
@@ -35,14 +34,14 @@ def requests_in(message: Any) -> list[Any]:
 class WaitingRequests:
     """In a rank's scheduler."""
 
-    def __init__(self, rank: int, controller: ControllerLink, directory: Path) -> None:
+    def __init__(self, rank: int, controller: ControllerLink, engine: str) -> None:
         self.received = 0  # what was given back is not counted
         self._rank = rank
         self._controller = controller
         self._originals: dict[str, Any] = {}  # of requests that may still wait, by request id
         self._returns: zmq.Socket = zmq.Context.instance().socket(zmq.PUSH)
         self._returns.set(zmq.LINGER, 0)
-        self._returns.connect(returns_address(directory))
+        self._returns.connect(returns_address(engine))
 
     def take(self, messages: list[Any], scheduler: Any) -> None:
         """`messages` have come from the DP controller, and lie in the scheduler's queue."""

@@ -6,18 +6,20 @@ the last; the hooks here make and close it.
 """
 
 import logging
+import os
 import sys
+import tempfile
 from typing import Any
 
 import zmq
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
-from sidp_sgl.scheduler.lifecycle.guard import Guard
+from sidp_sgl.scheduler.lifecycle.guard import Guard, spawning
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from sidp_sgl.scheduler.member import members
 from sidp_sgl.sglang_hooks import arguments, required
-from sidp_sgl.sglang_hooks.failures import guards, pending, server, signals, sockets
+from sidp_sgl.sglang_hooks.failures import guards, pending, server, signals
 from sidp_sgl.sglang_hooks.required import Hook
 
 logger = logging.getLogger(__name__)
@@ -36,13 +38,14 @@ def _launch(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     config = arguments.config_of(server_args)
     if config is None:
         return original(cls, *args, **kwargs)
-    required.apply([*_HOOKS, *pending.HOOKS, *signals.HOOKS, sockets.HOOK])
+    required.apply([*_HOOKS, *pending.HOOKS, *signals.HOOKS])
     if "sglang.srt.entrypoints.http_server" in sys.modules:
         required.apply(server.HOOKS)
     is_command_line = arguments.is_command_line(server_args)
     guard = Guard(config.group, _print_line if is_command_line else _log)
     guards.add(guard)
-    sockets.place(config.group, guard.directory)
+    # cuda.tile would make a directory per process, which a process that is killed leaves.
+    os.environ.setdefault("CUDA_TILE_TEMP_DIR", tempfile.gettempdir())
     try:
         launched = original(cls, *args, **kwargs)
         parallel = get_parallel()
@@ -85,10 +88,10 @@ def _launch_ranks(original: Any, cls: type, server_args: Any, *args: Any, **kwar
     if guard is None:
         return original(cls, server_args, *args, **kwargs)
     signals.handle_sigquit(guard, server_args)
-    with guard.spawning():
+    with spawning():
         result, processes = original(cls, server_args, *args, **kwargs)
-    for process in processes:
-        guard.watch(process, "the DP controller")
+        for process in processes:
+            guard.watch(process, "the DP controller")
     return result, processes
 
 
@@ -97,10 +100,10 @@ def _launch_detokenizers(original: Any, cls: type, *args: Any, **kwargs: Any) ->
     guard = guards.of_arguments(kwargs.get("server_args", args[0] if args else None))
     if guard is None:
         return original(cls, *args, **kwargs)
-    with guard.spawning():
+    with spawning():
         processes, names = original(cls, *args, **kwargs)
-    for process, name in zip(processes, names, strict=True):
-        guard.watch(process, f"the {name}")
+        for process, name in zip(processes, names, strict=True):
+            guard.watch(process, f"the {name}")
     return processes, names
 
 

@@ -1,37 +1,60 @@
-"""Puts the sockets and segments of an engine with --sidp where its janitor finds them.
+"""SGLang's sockets and load snapshot without a name in a file system.
 
-Used by the main process and by the DP controller, which both make PortArgs.
+An engine's processes are killed when it ends, and may be killed before: what has a name would stay.
+Abstract sockets and anonymous files go with the last process that uses them.
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
+import zmq
 from sglang.srt.plugins.hook_registry import HookType
 
 from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.required import Hook
 
-_directories: dict[str, Path] = {}  # by group
 
-
-def place(group: str, directory: Path) -> None:
-    """From now on the sockets of `group` are made in `directory`."""
-    _directories[group] = directory
-
-
-def _init_new(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+def _make_addresses(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """`PortArgs.init_new`, in the main process and, for every rank, in the DP controller."""
     port_args = original(server_args, *args, **kwargs)
     config = arguments.config_of(server_args)
-    if config is not None and config.group in _directories:
-        port_args.instance_id = config.group  # names the load snapshot in /dev/shm
+    if config is not None:
+        port_args.instance_id = _snapshot_path(config.group)
         for field, address in vars(port_args).items():
             if isinstance(address, str) and address.startswith("ipc://"):
-                path = address.removeprefix("ipc://")
-                os.unlink(path)  # an empty temporary file that only reserves the name
-                moved = _directories[config.group] / Path(path).name
-                setattr(port_args, field, f"ipc://{moved}")
+                path = Path(address.removeprefix("ipc://"))
+                path.unlink()  # an empty file that only reserves the name
+                setattr(port_args, field, f"ipc://@sidp-{config.group}-{path.name}")
     return port_args
 
 
-HOOK = Hook("sglang.srt.server_args.PortArgs.init_new", _init_new, HookType.AROUND)
+@functools.cache
+def _snapshot_path(engine: str) -> str:
+    """Of a file that lives as long as this process; the ranks use the main process's.
+
+    It is never closed: a rank that comes late must not find another file under its number.
+    """
+    return f"/proc/{os.getpid()}/fd/{os.memfd_create('sglang-loads')}"
+
+
+def _path_of_snapshot(original: Any, instance_id: str) -> str:
+    """`load_snapshot.shm_path_for`."""
+    return instance_id if instance_id.startswith("/proc/") else original(instance_id)
+
+
+def _refuse_other_users(_: Any, socket: zmq.Socket, *__: Any) -> None:
+    """`config_socket`, before a socket is bound: an abstract one has no permissions."""
+    socket.set(zmq.IPC_FILTER_UID, os.getuid())
+
+
+HOOKS = [
+    Hook("sglang.srt.server_args.PortArgs.init_new", _make_addresses, HookType.AROUND),
+    Hook(
+        "sglang.srt.managers.load_snapshot.shm_path_for",
+        _path_of_snapshot,
+        HookType.AROUND,
+    ),
+    Hook("sglang.srt.utils.network.config_socket", _refuse_other_users, HookType.AFTER),
+]

@@ -1,33 +1,25 @@
 """Control messages over real sockets: in order, or dropped and counted, but never waited for."""
 
-import stat
+import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.bus import Inbox, Outbox
 from sidp_sgl.scheduler.messages import LeaseRelease, LeaseRequest, Message, encode
-from tests.support.control import socket_directory
 
 AMPLE_SECONDS = 10.0
 MANY = 20_000  # more than all queues and buffers on the way take
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    with socket_directory() as folder:
-        yield folder
-
-
-@pytest.fixture
-def open_inbox(directory: Path) -> Iterator[Callable[[int], Inbox]]:
+def open_inbox(engine_name: str) -> Iterator[Callable[[int], Inbox]]:
     opened: list[Inbox] = []
 
     def open_one(rank: int) -> Inbox:
-        opened.append(Inbox(bus.requests_address(directory, rank)))
+        opened.append(Inbox(bus.requests_address(engine_name, rank)))
         return opened[-1]
 
     yield open_one
@@ -36,9 +28,9 @@ def open_inbox(directory: Path) -> Iterator[Callable[[int], Inbox]]:
 
 
 @pytest.fixture
-def outbox(directory: Path) -> Iterator[Outbox]:
+def outbox(engine_name: str) -> Iterator[Outbox]:
     """Connected with ranks 0 and 1, whether they are there or not."""
-    result = Outbox({rank: bus.requests_address(directory, rank) for rank in range(2)})
+    result = Outbox({rank: bus.requests_address(engine_name, rank) for rank in range(2)})
     yield result
     result.close()
 
@@ -154,16 +146,21 @@ def test_a_malformed_message_is_none_to_who_waits(
     assert inbox.malformed == 1
 
 
-def test_sockets_are_for_their_user_alone(
-    directory: Path, open_inbox: Callable[[int], Inbox]
+def test_every_address_is_another_one(engine_name: str) -> None:
+    addresses = {bus.states_address(engine_name), bus.returns_address(engine_name)}
+    for make in (bus.requests_address, bus.answers_address, bus.dispatch_address):
+        addresses |= {make(engine_name, rank) for rank in range(2)}
+    assert len(addresses) == 8
+    assert {address[:7] for address in addresses} == {"ipc://@"}, "no file, whoever is killed"
+
+
+def test_messages_of_other_users_do_not_arrive(
+    outbox: Outbox, open_inbox: Callable[[int], Inbox], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_inbox(0)
-    addresses = bus.answers_address(directory, 0), bus.dispatch_address(directory, 0)
-    inboxes = [Inbox(address) for address in (*addresses, bus.states_address(directory))]
-    files = list(directory.iterdir())
-    assert len(files) == 4, "every address is another one"
-    for path in files:
-        assert stat.S_ISSOCK(path.stat().st_mode)
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    for inbox in inboxes:
-        inbox.close()
+    ours = open_inbox(0)
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    theirs = open_inbox(1)
+    outbox.send_to_all(release(7))
+    assert ours.receive(AMPLE_SECONDS) == release(7)
+    assert theirs.receive(0.5) is None

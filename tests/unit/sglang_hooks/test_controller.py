@@ -1,24 +1,20 @@
 """What is hooked in the DP controller, with and without --sidp."""
 
 import pkgutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sidp_sgl.config import SidpConfig
-from sidp_sgl.scheduler.lifecycle.spawning import DIRECTORY
 from sidp_sgl.sglang_hooks import controller
 from sidp_sgl.sglang_hooks.controller import controller_hooks
 from sidp_sgl.sglang_hooks.cpu.sleeping_loop import sleeping_loop
 
 
 @pytest.fixture
-def hooked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def hooked(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Last name of the target → function; and sees that every target is there, once."""
-    monkeypatch.setenv(DIRECTORY, str(tmp_path))
-    monkeypatch.setattr(controller.sockets, "_directories", {})
     monkeypatch.setattr(controller, "ControllerReports", lambda group: SimpleNamespace(start=group))
     monkeypatch.setattr(controller, "DispatchLoop", lambda *_: SimpleNamespace(event_loop="ours"))
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +11,7 @@ from msgspec.structs import replace
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.dispatch.link import ControllerLink, is_worth_publishing
 from sidp_sgl.scheduler.messages import DispatchUpdate, LeaseRelease, RankState, Recall
-from tests.support.control import socket_directory, wait_until
+from tests.support.control import wait_until
 
 STATE = RankState(
     rank=1,
@@ -26,14 +25,8 @@ STATE = RankState(
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    with socket_directory() as folder:
-        yield folder
-
-
-@pytest.fixture
-def link(directory: Path) -> Iterator[ControllerLink]:
-    made = ControllerLink(1, directory)
+def link(engine_name: str) -> Iterator[ControllerLink]:
+    made = ControllerLink(1, engine_name)
     yield made
     made.close()
 
@@ -79,8 +72,8 @@ def test_a_rank_without_capacity_has_news_too() -> None:
     assert is_worth_publishing(empty, 0.0, replace(empty, kv_headroom_tokens=1), 0.0)
 
 
-def test_the_controller_hears_what_is_news(link: ControllerLink, directory: Path) -> None:
-    controller = bus.Inbox(bus.states_address(directory))
+def test_the_controller_hears_what_is_news(link: ControllerLink, engine_name: str) -> None:
+    controller = bus.Inbox(bus.states_address(engine_name))
     news = [STATE, replace(STATE, waiting_requests=1), replace(STATE, waiting_requests=0)]
     for number, state in enumerate(news):
         for _ in range(100):
@@ -92,8 +85,8 @@ def test_the_controller_hears_what_is_news(link: ControllerLink, directory: Path
     controller.close()
 
 
-def test_recalls_are_heard_once(link: ControllerLink, directory: Path) -> None:
-    controller = bus.Outbox({1: bus.dispatch_address(directory, 1)})
+def test_recalls_are_heard_once(link: ControllerLink, engine_name: str) -> None:
+    controller = bus.Outbox({1: bus.dispatch_address(engine_name, 1)})
     assert link.recalled() == 0
     for message in (Recall(4), LeaseRelease(2, 1), Recall(3), DispatchUpdate(5, 6, 7)):
         controller.send(1, message)

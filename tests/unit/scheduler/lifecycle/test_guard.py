@@ -9,15 +9,14 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import psutil
 import pytest
 
 from sidp_sgl.errors import SidpError
-from sidp_sgl.scheduler.lifecycle.guard import Guard
-from sidp_sgl.scheduler.lifecycle.janitor import MARK, find_processes
+from sidp_sgl.scheduler.lifecycle.guard import Guard, spawning
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from sidp_sgl.scheduler.member import members
 
@@ -33,15 +32,15 @@ class Engine:
     """A guard with two processes of its own, and what it has announced."""
 
     def __init__(self) -> None:
-        self.children_before = psutil.Process().children()  # a resource tracker of other tests
+        resource_tracker.ensure_running()  # multiprocessing's own; stays with this process
+        self.children_before = psutil.Process().children()
         self.announced: list[str] = []
         self.guard = Guard(uuid.uuid4().hex, lambda failure: self.announced.append(str(failure)))
         self.processes = [self.start("the DP controller"), self.start("the detokenizer")]
 
     def start(self, name: str) -> BaseProcess:
-        context = multiprocessing.get_context("spawn")
-        with self.guard.spawning():
-            process = context.Process(target=time.sleep, args=(300,))
+        process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+        with spawning():
             process.start()
         self.guard.watch(process, name)
         return process
@@ -66,9 +65,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
 
 
 def assert_nothing_left(engine: Engine) -> None:
-    assert not find_processes(engine.guard.group)
-    assert not engine.guard.directory.exists()
-    # No zombie, and no resource tracker where there was none before.
+    """No zombie either."""
     assert psutil.Process().children(recursive=True) == engine.children_before
 
 
@@ -141,13 +138,6 @@ def test_ready_once_every_rank_has_its_pool(engine: Engine) -> None:
     assert engine.guard.is_ready and engine.guard.failure is None
 
 
-def test_marks_are_for_the_engine_only(engine: Engine) -> None:
-    assert MARK not in os.environ
-    assert multiprocessing.current_process()._config["semprefix"] == "/mp"  # type: ignore[attr-defined]
-    pids = {process.pid for process in engine.processes}
-    wait_until(lambda: set(find_processes(engine.guard.group)) == pids)
-
-
 def test_ctrl_c_is_for_the_main_process(engine: Engine) -> None:
     for process in engine.processes:
         os.kill(process.pid or 0, signal.SIGINT)
@@ -165,21 +155,28 @@ def test_two_engines_do_not_meet(engine: Engine) -> None:
     assert_nothing_left(engine)
 
 
-def test_semaphores_of_killed_processes_go(engine: Engine) -> None:
+def test_what_the_processes_have_started_ends_too(engine: Engine) -> None:
+    """Also what does not listen: a rank is the controller's child, and may be stopped."""
     context = multiprocessing.get_context("spawn")
-    with engine.guard.spawning():
-        process = context.Process(target=_hold_semaphore)
-        process.start()
-    engine.guard.watch(process, "a rank")
-    semaphores = Path("/dev/shm")
-    wait_until(lambda: bool(list(semaphores.glob(f"sem.sidp-{engine.guard.group}-*"))))
+    process = context.Process(target=subprocess.call, args=(["sleep", "300"],))
+    process.start()
+    engine.guard.watch(process, "the DP controller")
+    wait_until(lambda: bool(psutil.Process(process.pid).children()))
+    (child,) = psutil.Process(process.pid).children()
+    child.suspend()
     engine.guard.close()
-    assert not list(semaphores.glob(f"*{engine.guard.group}*"))
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert_nothing_left(engine)
 
 
-def _hold_semaphore() -> None:
-    with multiprocessing.get_context("spawn").RLock():
-        time.sleep(300)
+def test_processes_that_are_not_the_engines_live_on(engine: Engine) -> None:
+    other = subprocess.Popen(["sleep", "300"])
+    try:
+        engine.guard.close()
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 async def _forever() -> None:

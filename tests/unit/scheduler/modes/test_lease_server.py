@@ -1,15 +1,13 @@
 """Leases between two or three ranks over real sockets: granted, declined, late, lost, never."""
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.messages import LeaseRelease, LeaseRequest
 from sidp_sgl.scheduler.modes import lease_server
-from tests.support.control import AMPLE_SECONDS, Rank, ranks_in, socket_directory, wait_until
+from tests.support.control import AMPLE_SECONDS, Rank, ranks_in, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -17,14 +15,8 @@ def threads_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_server, "_POLL_SECONDS", 0.01)
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with socket_directory() as folder:
-        yield folder
-
-
-def test_rows_are_leased_when_all_owners_have_granted(directory: Path) -> None:
-    with ranks_in(directory, 3) as ranks:
+def test_rows_are_leased_when_all_owners_have_granted(engine_name: str) -> None:
+    with ranks_in(engine_name, 3) as ranks:
         assert ranks[0].client.acquire(4, AMPLE_SECONDS) == {1: 0, 2: 0}
         assert ranks[1].client.acquire(6, AMPLE_SECONDS) == {0: 0, 2: 4}, "beside the other's"
         assert ranks[2].ledger.leases() == {0: (1, 0, 4), 1: (1, 4, 6)}
@@ -35,8 +27,8 @@ def test_rows_are_leased_when_all_owners_have_granted(directory: Path) -> None:
         assert ranks[1].ledger.leases() == {}
 
 
-def test_a_decline_ends_the_wait_and_frees_what_others_granted(directory: Path) -> None:
-    with ranks_in(directory, 3) as ranks:
+def test_a_decline_ends_the_wait_and_frees_what_others_granted(engine_name: str) -> None:
+    with ranks_in(engine_name, 3) as ranks:
         ranks[2].refusal = "busy"
         started = time.monotonic()
         assert ranks[0].client.acquire(4, AMPLE_SECONDS) is None
@@ -49,8 +41,8 @@ def test_a_decline_ends_the_wait_and_frees_what_others_granted(directory: Path) 
         assert (ranks[0].client.negotiation.declined, ranks[0].client.silences) == (1, 0)
 
 
-def test_a_full_staging_area_is_a_decline_with_its_reason(directory: Path) -> None:
-    with ranks_in(directory, 3, capacity_rows=8) as ranks:
+def test_a_full_staging_area_is_a_decline_with_its_reason(engine_name: str) -> None:
+    with ranks_in(engine_name, 3, capacity_rows=8) as ranks:
         assert ranks[0].client.acquire(6, AMPLE_SECONDS) is not None
         assert ranks[1].client.acquire(4, AMPLE_SECONDS) is None
         assert ranks[1].client.acquire(9, AMPLE_SECONDS) is None
@@ -60,8 +52,8 @@ def test_a_full_staging_area_is_a_decline_with_its_reason(directory: Path) -> No
         wait_until(lambda: ranks[0].server.declines == {"too many rows": 1})
 
 
-def test_silence_is_waited_for_within_its_bound(directory: Path) -> None:
-    with ranks_in(directory, 3, is_listening=lambda rank: rank == 1) as ranks:
+def test_silence_is_waited_for_within_its_bound(engine_name: str) -> None:
+    with ranks_in(engine_name, 3, is_listening=lambda rank: rank == 1) as ranks:
         started = time.monotonic()
         assert ranks[0].client.acquire(4, 0.05) is None
         assert 0.045 < time.monotonic() - started < AMPLE_SECONDS
@@ -71,8 +63,8 @@ def test_silence_is_waited_for_within_its_bound(directory: Path) -> None:
         assert ranks[1].ledger.leases() == {}, "what the others granted is given back"
 
 
-def test_an_owner_that_goes_on_leaves_no_lease_of_what_was_given_up(directory: Path) -> None:
-    with ranks_in(directory, 2, is_listening=lambda rank: rank == 0) as ranks:
+def test_an_owner_that_goes_on_leaves_no_lease_of_what_was_given_up(engine_name: str) -> None:
+    with ranks_in(engine_name, 2, is_listening=lambda rank: rank == 0) as ranks:
         for _ in range(3):
             assert ranks[0].client.acquire(4, 0.01) is None
         ranks[1].server.start()
@@ -83,8 +75,8 @@ def test_an_owner_that_goes_on_leaves_no_lease_of_what_was_given_up(directory: P
         assert ranks[1].ledger.leases() == {0: (4, 0, 4)}
 
 
-def test_a_late_grant_is_given_back_where_its_release_was_lost(directory: Path) -> None:
-    with ranks_in(directory, 2, is_listening=lambda rank: rank == 0) as ranks:
+def test_a_late_grant_is_given_back_where_its_release_was_lost(engine_name: str) -> None:
+    with ranks_in(engine_name, 2, is_listening=lambda rank: rank == 0) as ranks:
         ranks[0].loses_releases = True
         assert ranks[0].client.acquire(4, 0.01) is None
         ranks[0].loses_releases = False
@@ -99,8 +91,8 @@ def test_a_late_grant_is_given_back_where_its_release_was_lost(directory: Path) 
         assert ranks[0].client.negotiation.stale == 1
 
 
-def test_a_lease_that_was_never_released_ends_with_the_ranks_next_request(directory: Path) -> None:
-    with ranks_in(directory, 2, capacity_rows=8) as ranks:
+def test_a_lease_that_was_never_released_ends_with_the_ranks_next_request(engine_name: str) -> None:
+    with ranks_in(engine_name, 2, capacity_rows=8) as ranks:
         ranks[0].loses_releases = True
         for step in range(1, 6):
             assert ranks[0].client.acquire(5, AMPLE_SECONDS) == {1: 0}
@@ -108,8 +100,8 @@ def test_a_lease_that_was_never_released_ends_with_the_ranks_next_request(direct
             ranks[0].client.release()
 
 
-def test_a_rank_that_ends_without_a_release_holds_its_own_rows_only(directory: Path) -> None:
-    with ranks_in(directory, 3, capacity_rows=8) as ranks:
+def test_a_rank_that_ends_without_a_release_holds_its_own_rows_only(engine_name: str) -> None:
+    with ranks_in(engine_name, 3, capacity_rows=8) as ranks:
         assert ranks[0].client.acquire(5, AMPLE_SECONDS) is not None
         ranks[0].client.close()
         ranks[0].server.close()
@@ -119,8 +111,8 @@ def test_a_rank_that_ends_without_a_release_holds_its_own_rows_only(directory: P
         assert "staging full" not in ranks[2].server.declines
 
 
-def test_rows_that_were_asked_for_ahead_are_used_if_they_suffice(directory: Path) -> None:
-    with ranks_in(directory, 2) as ranks:
+def test_rows_that_were_asked_for_ahead_are_used_if_they_suffice(engine_name: str) -> None:
+    with ranks_in(engine_name, 2) as ranks:
         requester = ranks[0].client
         requester.ask(8)
         assert requester.acquire(5, AMPLE_SECONDS) == {1: 0}
@@ -131,9 +123,9 @@ def test_rows_that_were_asked_for_ahead_are_used_if_they_suffice(directory: Path
         assert ranks[1].ledger.leases() == {0: (2, 0, 9)}
 
 
-def test_a_rank_that_needs_nobody_waits_for_nobody(directory: Path) -> None:
-    with ranks_in(directory, 2, is_listening=lambda rank: False):
-        rank = Rank(2, 3, directory, owners=[], capacity_rows=8)
+def test_a_rank_that_needs_nobody_waits_for_nobody(engine_name: str) -> None:
+    with ranks_in(engine_name, 2, is_listening=lambda rank: False):
+        rank = Rank(2, 3, engine_name, owners=[], capacity_rows=8)
         assert rank.client.acquire(4, 0.0) == {}
         assert rank.sent == []
         rank.client.close()
@@ -141,9 +133,9 @@ def test_a_rank_that_needs_nobody_waits_for_nobody(directory: Path) -> None:
         rank.server.outbox.close()
 
 
-def test_what_is_nobodys_or_nonsense_does_not_stop_the_thread(directory: Path) -> None:
-    with ranks_in(directory, 2) as ranks:
-        strange = bus.Outbox({1: bus.requests_address(directory, 1)})
+def test_what_is_nobodys_or_nonsense_does_not_stop_the_thread(engine_name: str) -> None:
+    with ranks_in(engine_name, 2) as ranks:
+        strange = bus.Outbox({1: bus.requests_address(engine_name, 1)})
         strange.send(1, LeaseRequest(1, 1, 4))  # from itself
         strange.send(1, LeaseRequest(7, 1, 4))  # from a rank that does not exist
         strange.send(1, LeaseRelease(7, 9))

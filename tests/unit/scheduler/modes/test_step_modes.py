@@ -1,7 +1,6 @@
 """The mode of every step: what the policy wants, what the owners grant, and what is sent for it."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import pytest
 
@@ -9,7 +8,7 @@ from sidp_sgl.scheduler.modes import lease_server, step_modes
 from sidp_sgl.scheduler.modes.policy import CAS, DWELL_STEPS, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.step_modes import StepModes
 from sidp_sgl.scheduler.modes.times import StepTimes
-from tests.support.control import AMPLE_SECONDS, Rank, ranks_in, socket_directory, wait_until
+from tests.support.control import AMPLE_SECONDS, Rank, ranks_in, wait_until
 
 MAX_ROWS = 64
 OFFSETS = {1: 0}
@@ -22,15 +21,9 @@ def answers_always_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    with socket_directory() as folder:
-        yield folder
-
-
-@pytest.fixture
-def ranks(directory: Path) -> Iterator[list[Rank]]:
+def ranks(engine_name: str) -> Iterator[list[Rank]]:
     """Rank 0 asks rank 1."""
-    with ranks_in(directory, 2) as both:
+    with ranks_in(engine_name, 2) as both:
         yield both
 
 

@@ -1,7 +1,6 @@
 """The DP controller's hooks around the dispatch policy, with a controller and ranks of straw."""
 
 from array import array
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,8 +61,8 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
 
 
 @pytest.fixture
-def dispatch(tmp_path: Path) -> DispatchLoop:
-    return DispatchLoop(tmp_path, 2)
+def dispatch(engine_name: str) -> DispatchLoop:
+    return DispatchLoop(engine_name, 2)
 
 
 def state(rank: int, headroom: int, received: int = 0) -> RankState:
@@ -134,11 +133,11 @@ def straw_scheduler(names: list[str]) -> Any:
     )
 
 
-def waiting_requests(directory: Path) -> tuple[WaitingRequests, list[int]]:
+def waiting_requests(engine_name: str) -> tuple[WaitingRequests, list[int]]:
     """Of rank 1; the controller's recalls go into the list."""
     recalls: list[int] = []
     link = SimpleNamespace(recalled=lambda: recalls.pop() if recalls else 0)
-    return WaitingRequests(1, link, directory), recalls  # type: ignore[arg-type]
+    return WaitingRequests(1, link, engine_name), recalls  # type: ignore[arg-type]
 
 
 def send(dispatch: DispatchLoop, controller: Controller, each: Any) -> None:
@@ -149,9 +148,9 @@ def send(dispatch: DispatchLoop, controller: Controller, each: Any) -> None:
 
 
 def test_a_rank_gives_back_the_latest_that_have_not_begun(
-    dispatch: DispatchLoop, controller: Controller, tmp_path: Path
+    dispatch: DispatchLoop, controller: Controller, engine_name: str
 ) -> None:
-    rank, recalls = waiting_requests(tmp_path)
+    rank, recalls = waiting_requests(engine_name)
     names = ["first", "second", "wanted here", "third", "begun"]
     sent = [request(name, rank=1 if name == "wanted here" else None) for name in names]
     for each in sent:
@@ -176,12 +175,12 @@ def test_a_rank_gives_back_the_latest_that_have_not_begun(
 
 
 def test_an_abort_means_nobody_who_comes_later(
-    dispatch: DispatchLoop, controller: Controller, tmp_path: Path
+    dispatch: DispatchLoop, controller: Controller, engine_name: str
 ) -> None:
     """SGLang takes the id of an abort as a prefix: what has come since begins alike."""
     dispatch._on_message(controller, AbortReq(rid="soak-9"))
     dispatch._on_message(controller, AbortReq(rid="", abort_all=True))
-    rank, recalls = waiting_requests(tmp_path)
+    rank, recalls = waiting_requests(engine_name)
     late = request("soak-90")
     send(dispatch, controller, late)
     rank.take([late], straw_scheduler([]))
@@ -194,8 +193,8 @@ def test_an_abort_means_nobody_who_comes_later(
     assert controller.log == []
 
 
-def test_the_ranks_hear_what_was_dispatched(dispatch: DispatchLoop, tmp_path: Path) -> None:
-    inbox = bus.Inbox(bus.dispatch_address(tmp_path, 0))
+def test_the_ranks_hear_what_was_dispatched(dispatch: DispatchLoop, engine_name: str) -> None:
+    inbox = bus.Inbox(bus.dispatch_address(engine_name, 0))
     dispatch.dispatcher.window.add(dispatch._queued(request("waits")))
     assert dispatch._publish()
     update = inbox.receive(2.0)
