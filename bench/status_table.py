@@ -1,9 +1,12 @@
 """The table of docs/metrics.md, made anew from `Status`: python -m bench.status_table."""
 
-from bench.tables import markdown, put_into
+from pathlib import Path
+
+from bench.tables import markdown
 from sidp_sgl.scheduler.status import VALUES, Value
 
-PAGE, NAME = "metrics.md", "status"
+PAGE = Path(__file__).parents[1] / "docs/metrics.md"
+BEGIN, END = "<!-- status -->\n", "\n<!-- /status -->"
 
 
 def table() -> str:
@@ -24,4 +27,5 @@ def _labels(value: Value) -> str:
 
 
 if __name__ == "__main__":
-    put_into(PAGE, NAME, table())
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(head + BEGIN + table() + END + rest.partition(END)[2])

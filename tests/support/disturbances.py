@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import orjson
 
-from sidp_sgl.planner.calibrate.environment import environment
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
 
@@ -44,7 +44,7 @@ def disturbed(disturbances: Disturbances) -> Iterator[None]:
     """Engines that are started inside are disturbed so."""
     with (
         tempfile.TemporaryDirectory(prefix="disturbances-") as folder,
-        environment(**{_VARIABLE: orjson.dumps(asdict(disturbances)).decode()}),
+        patch.dict(os.environ, {_VARIABLE: orjson.dumps(asdict(disturbances)).decode()}),
     ):
         plugin = Path(folder, "sidp_disturbances-0.dist-info")
         plugin.mkdir()

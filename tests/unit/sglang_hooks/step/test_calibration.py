@@ -12,6 +12,8 @@ from sidp_sgl.scheduler.modes.policy import WAS
 from sidp_sgl.scheduler.modes.times import StepTimes
 from sidp_sgl.sglang_hooks.step.calibration import CONTEXT_TOKENS, calibrate
 from sidp_sgl.weightpool.execution import UnitExecution
+from sidp_sgl.weightpool.placement import Placement
+from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
 from tests.support.pools import Group, RankUnderTest, layer_bytes, run_group
 
@@ -103,17 +105,17 @@ def test_a_disturbed_run_does_not_set_the_time() -> None:
 
 def test_units_use_the_pool_again_where_a_step_failed() -> None:
     runner = Runner(4, lambda size: 1 / 0)
-    pool = SimpleNamespace(owners=[], transport=ShmTransport())
-    runner.execution = UnitExecution(pool)  # type: ignore[arg-type]
+    pool = WeightPool(ShmTransport(), 0, Placement(2))
+    runner.execution = UnitExecution(pool)
     with pytest.raises(ZeroDivisionError):
-        calibrate(runner.scheduler, pool, runner.execution, 64)  # type: ignore[arg-type]
+        calibrate(runner.scheduler, pool, runner.execution, 64)
     assert runner.execution._uses_pool
 
 
 def test_on_cpus_steps_are_timed_without_the_waits_for_a_core() -> None:
     """Ranks that share cores calibrate at the same time: a sleep stands for such a wait."""
     runner = Runner(1, lambda n: 20.0, device="cpu")
-    pool = SimpleNamespace(owners=[], transport=ShmTransport())
-    runner.execution = UnitExecution(pool)  # type: ignore[arg-type]
-    times = calibrate(runner.scheduler, pool, runner.execution, 64)  # type: ignore[arg-type]
+    pool = WeightPool(ShmTransport(), 0, Placement(2))
+    runner.execution = UnitExecution(pool)
+    times = calibrate(runner.scheduler, pool, runner.execution, 64)
     assert times.step_seconds(WAS, 1) < 0.01

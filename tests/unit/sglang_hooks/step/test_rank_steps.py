@@ -30,7 +30,7 @@ class Times(StepTimes):
 class Rank:
     """One rank's steps, and all that happens around them; `events` in the order they came."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, has_remote: bool = True) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, has_requester: bool = True) -> None:
         self.now = 100.0
         self.events: list[Any] = []
         self.grants = True
@@ -42,12 +42,12 @@ class Rank:
         self.control = SimpleNamespace(
             modes=self.modes, own_batch_size=0, publish=lambda s: self.events.append(("publish", s))
         )
-        self.remote = SimpleNamespace(
+        self.requester = SimpleNamespace(
             is_available=lambda: self.is_available,
             begin_step=lambda leases, rows: self.events.append(("begin", leases, rows)),
             end_step=lambda: self.events.append("end"),
         )
-        execution = SimpleNamespace(remote=self.remote if has_remote else None)
+        execution = SimpleNamespace(requester=self.requester if has_requester else None)
         self.steps = RankSteps(self.control, pool, execution)  # type: ignore[arg-type]
         self.scheduler = SimpleNamespace(
             _sched_idled=False,
@@ -138,8 +138,8 @@ def test_nobody_is_asked_while_an_answer_is_missing(rank: Rank) -> None:
     assert rank.modes.steps == {WAS: 1, CAS: 1}
 
 
-def test_without_remote_calls_every_step_streams_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    rank = Rank(monkeypatch, has_remote=False)
+def test_without_calls_every_step_streams_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = Rank(monkeypatch, has_requester=False)
     rank.step(4)
     assert ("leases", 4) not in rank.events
     assert rank.modes.steps == {WAS: 1, CAS: 0}
@@ -211,13 +211,13 @@ def test_leases_are_given_back_when_nothing_runs_any_more(rank: Rank) -> None:
     assert rank.control.own_batch_size == 0
 
 
-@pytest.mark.parametrize("has_remote", [True, False])
+@pytest.mark.parametrize("has_requester", [True, False])
 def test_step_times_are_measured_where_rows_can_be_sent(
-    has_remote: bool, monkeypatch: pytest.MonkeyPatch
+    has_requester: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rank = Rank(monkeypatch, has_remote=has_remote)
+    rank = Rank(monkeypatch, has_requester=has_requester)
     rank.modes.times = None
     measured = Times()
     monkeypatch.setattr(rank_steps, "calibrate", lambda *_: measured)
     rank.steps.calibrate(rank.scheduler)
-    assert rank.modes.times is (measured if has_remote else None)
+    assert rank.modes.times is (measured if has_requester else None)
