@@ -1,7 +1,6 @@
 """The control planes of two or three ranks over real sockets: leases, silence, states."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
