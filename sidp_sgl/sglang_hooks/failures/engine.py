@@ -1,4 +1,4 @@
-"""Starting and ending an engine with --sidp in its main process, so that no failure hangs it.
+"""An engine with --sidp in its main process, from start to end, so that no failure hangs it.
 
 Plain SGLang waits for ever for a rank that was killed, and kills the user's process when one
 raises. With --sidp a `Guard` sees every process of the engine, from before the first until after
@@ -9,9 +9,9 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from typing import Any
 
-import zmq
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
@@ -19,12 +19,15 @@ from sidp_sgl.scheduler.lifecycle.guard import Guard, spawning
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from sidp_sgl.scheduler.member import members
 from sidp_sgl.sglang_hooks import arguments, required
-from sidp_sgl.sglang_hooks.failures import guards, pending, server, signals
+from sidp_sgl.sglang_hooks.failures import guards, pending, signals
 from sidp_sgl.sglang_hooks.required import Hook
 
 logger = logging.getLogger(__name__)
 
 _ENGINE = "sglang.srt.entrypoints.engine.Engine"
+_SERVER = "sglang.srt.entrypoints.http_server"
+_ANSWER_SECONDS = 1.0  # for the error responses to reach their clients
+_STOP_SECONDS = 4.0  # for the server to end by itself
 
 
 def install() -> None:
@@ -39,8 +42,8 @@ def _launch(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     if config is None:
         return original(cls, *args, **kwargs)
     required.apply([*_HOOKS, *pending.HOOKS, *signals.HOOKS])
-    if "sglang.srt.entrypoints.http_server" in sys.modules:
-        required.apply(server.HOOKS)
+    if _SERVER in sys.modules:
+        required.apply([_SERVER_HOOK])
     is_command_line = arguments.is_command_line(server_args)
     guard = Guard(config.group, _print_line if is_command_line else _log)
     guards.add(guard)
@@ -53,7 +56,6 @@ def _launch(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     except BaseException as error:
         failure = None if isinstance(error, KeyboardInterrupt) else guard.explanation()
         guard.close()
-        _close_sockets(guards.manager_of(guard))
         if failure is None:
             raise
         raise SystemExit(1) if is_command_line else failure from None
@@ -68,23 +70,9 @@ def _log(failure: RankFailure) -> None:
     logger.error("%s", failure)
 
 
-def _attach(_: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
-    """`TokenizerManager.init_ipc_channels`."""
-    guard = guards.of_arguments(manager.server_args)
-    if guard is not None:
-        guards.attach(guard, manager)
-
-
-def _close_sockets(manager: Any) -> None:
-    """Of an engine that nobody gets to see: garbage collection would wait for ever for them."""
-    for value in list(vars(manager).values()) if manager is not None else []:
-        if isinstance(value, zmq.Socket):
-            value.close(linger=0)
-
-
 def _launch_ranks(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """`Engine._launch_scheduler_processes`: starts the DP controller, which starts the ranks."""
-    guard = guards.of_arguments(server_args)
+    guard = guards.of(server_args)
     if guard is None:
         return original(cls, server_args, *args, **kwargs)
     signals.handle_sigquit(guard, server_args)
@@ -97,7 +85,7 @@ def _launch_ranks(original: Any, cls: type, server_args: Any, *args: Any, **kwar
 
 def _launch_detokenizers(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     """`Engine._launch_detokenizer_subprocesses`."""
-    guard = guards.of_arguments(kwargs.get("server_args", args[0] if args else None))
+    guard = guards.of(kwargs.get("server_args", args[0] if args else None))
     if guard is None:
         return original(cls, *args, **kwargs)
     with spawning():
@@ -109,7 +97,7 @@ def _launch_detokenizers(original: Any, cls: type, *args: Any, **kwargs: Any) ->
 
 def _shutdown(original: Any, engine: Any) -> None:
     """`Engine.shutdown`, also called at exit."""
-    guard = guards.of_arguments(getattr(engine, "server_args", None))
+    guard = guards.of(engine)
     if guard is None:
         return original(engine)
     guard.close()
@@ -117,13 +105,37 @@ def _shutdown(original: Any, engine: Any) -> None:
         original(engine)
 
 
+def _run_server(original: Any, server_args: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+    """`http_server._setup_and_run_http_server`: returns when the server has stopped."""
+    guard = guards.of(server_args)
+    if guard is None:
+        return original(server_args, manager, *args, **kwargs)
+    is_command_line = arguments.is_command_line(server_args)
+    guard.is_draining = lambda: manager.gracefully_exit
+    guard.after_failure = lambda: _stop_server(manager, is_command_line)
+    try:
+        guard.raise_if_ended()
+        original(server_args, manager, *args, **kwargs)
+    finally:
+        guard.close()
+        if guard.failure is not None:
+            raise SystemExit(1) if is_command_line else guard.failure
+
+
+def _stop_server(manager: Any, is_command_line: bool) -> None:
+    """What is pending gets its answer first; the exit code is 1."""
+    manager.gracefully_exit = True  # health checks answer 503 at once
+    time.sleep(_ANSWER_SECONDS)
+    if manager._server_stop_hook is not None:
+        manager._server_stop_hook()
+    if is_command_line:
+        time.sleep(_STOP_SECONDS)
+        os._exit(1)  # a client that does not read keeps the server from ending
+
+
 _HOOKS = [
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_ipc_channels",
-        _attach,
-        HookType.AFTER,
-    ),
     Hook(f"{_ENGINE}._launch_scheduler_processes", _launch_ranks, HookType.AROUND),
     Hook(f"{_ENGINE}._launch_detokenizer_subprocesses", _launch_detokenizers, HookType.AROUND),
     Hook(f"{_ENGINE}.shutdown", _shutdown, HookType.AROUND),
 ]
+_SERVER_HOOK = Hook(f"{_SERVER}._setup_and_run_http_server", _run_server, HookType.AROUND)

@@ -4,7 +4,6 @@ Engines without --sidp have none, which makes every hook here inert for them.
 """
 
 import contextvars
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 from sidp_sgl.scheduler.lifecycle.guard import Guard
 from sidp_sgl.sglang_hooks import arguments
 
-_guards: dict[str, Guard] = {}  # by group; closed ones stay, for late calls on their engines
-_managers: dict[str, weakref.ref] = {}  # tokenizer managers by group
+_guards: dict[str, Guard] = {}  # by engine; closed ones stay, for late calls on their engines
 _ending: contextvars.ContextVar[Guard | None] = contextvars.ContextVar("ending", default=None)
 
 
@@ -26,25 +24,10 @@ def every() -> list[Guard]:
     return list(_guards.values())
 
 
-def of_arguments(server_args: Any) -> Guard | None:
-    config = arguments.config_of(server_args)
+def of(owner: Any) -> Guard | None:
+    """By ServerArgs, or by an engine or a tokenizer manager, which have them."""
+    config = arguments.config_of(getattr(owner, "server_args", owner))
     return None if config is None else _guards.get(config.group)
-
-
-def of_manager(manager: Any) -> Guard | None:
-    """By a tokenizer manager."""
-    return getattr(manager, "_sidp_guard", None)
-
-
-def attach(guard: Guard, manager: Any) -> None:
-    manager._sidp_guard = guard
-    _managers[guard.group] = weakref.ref(manager)
-
-
-def manager_of(guard: Guard) -> Any:
-    """None where the engine has not come so far, or is forgotten."""
-    reference = _managers.get(guard.group)
-    return None if reference is None else reference()
 
 
 @contextmanager

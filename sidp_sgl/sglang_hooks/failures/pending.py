@@ -38,7 +38,7 @@ class StreamBroken(RankFailure, ValueError):
 
 def _generate_request(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:
     """`TokenizerManager.generate_request`: every request, single, batch or stream."""
-    guard = guards.of_manager(manager)
+    guard = guards.of(manager)
     responses = original(manager, obj, request)
     return responses if guard is None else _guarded(guard, responses, obj, request)
 
@@ -74,7 +74,7 @@ async def _open_session(original: Any, manager: Any, *args: Any, **kwargs: Any) 
 
 
 async def _until_failure(manager: Any, call: Any) -> Any:
-    guard = guards.of_manager(manager)
+    guard = guards.of(manager)
     if guard is None:
         return await call()
     try:

@@ -34,7 +34,7 @@ def _on_sigquit(guard: Guard) -> None:
 
 
 def _running_phase_sigquit_handler(original: Any, handler: Any, *args: Any, **kwargs: Any) -> None:
-    guard = guards.of_manager(handler.tokenizer_manager)
+    guard = guards.of(handler.tokenizer_manager)
     if guard is None:
         return original(handler, *args, **kwargs)
     _on_sigquit(guard)
@@ -42,7 +42,7 @@ def _running_phase_sigquit_handler(original: Any, handler: Any, *args: Any, **kw
 
 def _auto_create_handle_loop(original: Any, manager: Any) -> None:
     """SGLang has the event loop handle SIGTERM; a script's loop runs during its calls only."""
-    guard = guards.of_manager(manager)
+    guard = guards.of(manager)
     is_script = guard is not None and manager._server_stop_hook is None
     before = signal.getsignal(signal.SIGTERM)
     is_first = manager.event_loop is None

@@ -9,8 +9,10 @@ from typing import Any
 import fastapi
 import pytest
 
+from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
-from sidp_sgl.sglang_hooks.failures.engine import guards, pending, signals
+from sidp_sgl.sglang_hooks import arguments
+from sidp_sgl.sglang_hooks.failures import guards, pending, signals
 
 
 class FakeGuard:
@@ -36,11 +38,17 @@ class FakeGuard:
         self.is_closed = True
 
 
+@pytest.fixture(autouse=True)
+def no_other_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "_guards", {})
+
+
 def manager(guard: FakeGuard | None, is_server: bool = False) -> SimpleNamespace:
-    made = SimpleNamespace(_server_stop_hook=print if is_server else None)
+    server_args = SimpleNamespace()
     if guard is not None:
-        made._sidp_guard = guard
-    return made
+        arguments.attach(server_args, SidpConfig(sidp=True).of_engine(guard.group, "auto"))
+        guards.add(guard)  # type: ignore[arg-type]
+    return SimpleNamespace(server_args=server_args, _server_stop_hook=print if is_server else None)
 
 
 async def respond(*_: Any) -> AsyncIterator[int]:
@@ -116,9 +124,9 @@ def test_how_a_control_call_ends(is_server: bool, kind: type) -> None:
 
 
 @pytest.fixture
-def guard(monkeypatch: pytest.MonkeyPatch) -> FakeGuard:
+def guard() -> FakeGuard:
     made = FakeGuard(99)
-    monkeypatch.setattr(guards, "_guards", {made.group: made})
+    guards.add(made)  # type: ignore[arg-type]
     return made
 
 

@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def server_args() -> SimpleNamespace:
     made = SimpleNamespace()
-    arguments.attach(made, SidpConfig.from_values({"sidp": True}).of_engine(uuid.uuid4().hex, ""))
+    arguments.attach(made, SidpConfig(sidp=True).of_engine(uuid.uuid4().hex, "auto"))
     return made
 
 
