@@ -55,7 +55,7 @@ class HazardousCopyStream(CopyStream):
     def __init__(
         self, transport: ShmTransport, dice: random.Random, reorder: bool, ignore_waits: bool
     ) -> None:
-        self._ports = transport._ports
+        self._links = transport._links
         self._dice = dice
         self._reorder = reorder
         self._ignore_waits = ignore_waits
@@ -71,7 +71,7 @@ class HazardousCopyStream(CopyStream):
         """Begins a fetch: each slot has a `released` event of its own."""
         slot = event if self._reorder else None
         if slot not in self._streams:
-            self._streams[slot] = ShmCopyStream(self._ports)
+            self._streams[slot] = ShmCopyStream(self._links)
         self._current = self._streams[slot]
         if not self._ignore_waits:
             self._current.wait(event)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 
 from sidp_sgl.weightpool.transport.interface import PeerStripe
+from sidp_sgl.weightpool.transport.shm.owner_link import OwnerLink
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
-from sidp_sgl.weightpool.transport.shm.turns import OwnerPort
 
 
 class Owner:
@@ -30,9 +30,9 @@ class Owner:
         finally:
             transport.close()
 
-    def port(self, link: float | None = None) -> OwnerPort:
-        """This owner's port as one more reader holds it."""
-        return OwnerPort(self.rank, self.transport.export()[1], link)
+    def link(self, link: float | None = None) -> OwnerLink:
+        """This owner's link as one more reader holds it."""
+        return OwnerLink(self.rank, self.transport.export()[1], link)
 
 
 @contextmanager

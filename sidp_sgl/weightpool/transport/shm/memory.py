@@ -33,7 +33,7 @@ def map_tensor(fd: int, *, writable: bool) -> torch.Tensor:
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
-class SharedWords:
+class SharedIntegers:
     """A few 64-bit integers that processes and threads change under one lock.
 
     The lock is the kernel's (flock on a descriptor of one's own), so it is freed when its holder

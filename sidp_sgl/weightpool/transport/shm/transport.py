@@ -22,7 +22,7 @@ from sidp_sgl.weightpool.transport.interface import (
     TransportError,
 )
 from sidp_sgl.weightpool.transport.shm import memory as shm_memory
-from sidp_sgl.weightpool.transport.shm.turns import NUM_WORDS, OwnerPort
+from sidp_sgl.weightpool.transport.shm.owner_link import NUM_INTEGERS, OwnerLink
 
 
 class ShmEvent(Event):
@@ -72,8 +72,8 @@ class ShmComputeStream(Stream):
 class ShmCopyStream(CopyStream):
     """A worker thread that executes what the host enqueues, in order."""
 
-    def __init__(self, ports: dict[int, OwnerPort]) -> None:
-        self._ports = ports
+    def __init__(self, links: dict[int, OwnerLink]) -> None:
+        self._links = links
         self._work: deque[Callable[[], None] | None] = deque()  # None ends the thread
         self._not_empty = threading.Semaphore(0)
         self.failure: BaseException | None = None
@@ -112,31 +112,31 @@ class ShmCopyStream(CopyStream):
         self._enqueue(lambda: self._copy(target, source))
 
     def _copy(self, target: torch.Tensor, source: PeerStripe) -> None:
-        port = self._ports.get(source.owner)  # none to this rank's own memory
-        if port is None or not port.paced:
+        link = self._links.get(source.owner)  # none to this rank's own memory
+        if link is None or not link.paced:
             target.copy_(source.data)
             return
         # In its turn a reader has the link to itself; without one, readers alternate.
-        size = max(1, target.numel()) if self._has_turn else port.piece_bytes(target.numel())
+        size = max(1, target.numel()) if self._has_turn else link.piece_bytes(target.numel())
         for start in range(0, target.numel(), size):
             piece = target[start : start + size]
             piece.copy_(source.data[start : start + size])
-            port.pace(piece.numel())
+            link.pace(piece.numel())
 
     def take_turn(self, source: PeerStripe) -> None:
-        if source.owner in self._ports:
-            self._enqueue(lambda: self._take_turn(self._ports[source.owner]))
+        if source.owner in self._links:
+            self._enqueue(lambda: self._take_turn(self._links[source.owner]))
 
-    def _take_turn(self, port: OwnerPort) -> None:
-        self._has_turn = port.take_turn()
+    def _take_turn(self, link: OwnerLink) -> None:
+        self._has_turn = link.take_turn()
 
     def end_turn(self, source: PeerStripe) -> None:
-        if source.owner in self._ports:
-            self._enqueue(lambda: self._end_turn(self._ports[source.owner]))
+        if source.owner in self._links:
+            self._enqueue(lambda: self._end_turn(self._links[source.owner]))
 
-    def _end_turn(self, port: OwnerPort) -> None:
+    def _end_turn(self, link: OwnerLink) -> None:
         if self._has_turn:
-            port.end_turn()
+            link.end_turn()
         self._has_turn = False
 
     def synchronize(self) -> None:
@@ -155,10 +155,10 @@ class ShmTransport(Transport):
 
     def __init__(self, link_bytes_per_second: float | None = None) -> None:
         self._rate = link_bytes_per_second
-        self._ports: dict[int, OwnerPort] = {}
+        self._links: dict[int, OwnerLink] = {}
         self._memory_fd = -1
-        self._port_fd = shm_memory.create("sidp-port", 8 * NUM_WORDS)
-        self.copy_stream: ShmCopyStream = ShmCopyStream(self._ports)
+        self._link_fd = shm_memory.create("sidp-link", 8 * NUM_INTEGERS)
+        self.copy_stream: ShmCopyStream = ShmCopyStream(self._links)
         self.compute_stream = ShmComputeStream(lambda: self.copy_stream.failure)
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
@@ -172,11 +172,11 @@ class ShmTransport(Transport):
         return raw[-raw.data_ptr() % ALIGNMENT :][:num_bytes]
 
     def export(self) -> list[int]:
-        return [self._memory_fd, self._port_fd]
+        return [self._memory_fd, self._link_fd]
 
     def connect(self, owner: int, file_descriptors: Sequence[int]) -> torch.Tensor:
-        memory_fd, port_fd = file_descriptors
-        self._ports[owner] = OwnerPort(owner, port_fd, self._rate)
+        memory_fd, link_fd = file_descriptors
+        self._links[owner] = OwnerLink(owner, link_fd, self._rate)
         memory = shm_memory.map_tensor(memory_fd, writable=False)
         for fd in file_descriptors:
             os.close(fd)
@@ -187,9 +187,9 @@ class ShmTransport(Transport):
 
     def close(self) -> None:
         self.copy_stream.close()
-        for port in self._ports.values():
-            port.close()
-        for fd in (self._memory_fd, self._port_fd):
+        for link in self._links.values():
+            link.close()
+        for fd in (self._memory_fd, self._link_fd):
             if fd >= 0:
                 os.close(fd)
-        self._memory_fd = self._port_fd = -1
+        self._memory_fd = self._link_fd = -1

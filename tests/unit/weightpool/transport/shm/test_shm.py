@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from sidp_sgl.weightpool.transport.interface import PeerStripe, TransportError
-from sidp_sgl.weightpool.transport.shm.memory import SharedWords
+from sidp_sgl.weightpool.transport.shm.memory import SharedIntegers
+from sidp_sgl.weightpool.transport.shm.owner_link import OwnerLink
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
-from sidp_sgl.weightpool.transport.shm.turns import OwnerPort
 from tests.support.peers import Owner, owner_of_bytes
 
 BYTES = 4096
@@ -34,11 +34,11 @@ def open_descriptors() -> int:
 
 
 def tickets_drawn(owner: Owner) -> int:
-    words = SharedWords(owner.transport.export()[1], 3)
+    shared = SharedIntegers(owner.transport.export()[1], 3)
     try:
-        return words[0]
+        return shared[0]
     finally:
-        words.close()
+        shared.close()
 
 
 def wait_until(condition, seconds: float = 10.0) -> None:
@@ -63,7 +63,7 @@ def test_a_wait_captures_the_mark_at_the_call(owner: Owner) -> None:
     with owner_of_bytes(1) as other_owner, ExitStack() as stack:
         recorder, block = stack.enter_context(owner.reader())
         waiter, other_block = stack.enter_context(other_owner.reader())
-        gate, other_gate = owner.port(), other_owner.port()
+        gate, other_gate = owner.link(), other_owner.link()
         gate.take_turn()
         other_gate.take_turn()
         event = recorder.event()
@@ -129,7 +129,7 @@ transport.close()
 
 
 def test_processes_share_memory_and_turns_by_file_descriptor(owner: Owner) -> None:
-    gate = owner.port()
+    gate = owner.link()
     gate.take_turn()
     fds = owner.transport.export()
     command = [sys.executable, "-c", CHILD, *map(str, fds)]
@@ -149,19 +149,19 @@ def test_processes_share_memory_and_turns_by_file_descriptor(owner: Owner) -> No
 
 
 def test_turns_are_first_come_first_served(owner: Owner) -> None:
-    gate = owner.port()
+    gate = owner.link()
     gate.take_turn()
     served: list[int] = []
     threads = []
 
     def reader(number: int) -> None:
-        port = owner.port()
-        assert port.take_turn(patience=20.0)
+        link = owner.link()
+        assert link.take_turn(patience=20.0)
         served.append(number)
         time.sleep(0.002)
         assert served[-1] == number, "two readers at a time"
-        port.end_turn()
-        port.close()
+        link.end_turn()
+        link.close()
 
     for number in range(8):
         threads.append(threading.Thread(target=reader, args=(number,)))
@@ -175,7 +175,7 @@ def test_turns_are_first_come_first_served(owner: Owner) -> None:
 
 
 def test_nobody_waits_for_a_reader_that_was_stopped_in_its_turn(owner: Owner) -> None:
-    stopped, reader, other = owner.port(), owner.port(), owner.port()
+    stopped, reader, other = owner.link(), owner.link(), owner.link()
     assert stopped.take_turn()
     started = time.monotonic()
     assert not reader.take_turn(patience=0.1)
@@ -184,14 +184,14 @@ def test_nobody_waits_for_a_reader_that_was_stopped_in_its_turn(owner: Owner) ->
     assert not other.take_turn(patience=0.1)
     assert reader.skipped_turns == 2 and other.skipped_turns == 1
     stopped.end_turn()  # goes on: the tickets given back are passed over
-    for port in (reader, other, stopped):
-        assert port.take_turn(patience=20.0)
-        port.end_turn()
+    for link in (reader, other, stopped):
+        assert link.take_turn(patience=20.0)
+        link.end_turn()
 
 
 def test_a_holder_of_the_lock_that_was_stopped_blocks_nobody(owner: Owner) -> None:
-    stopped, reader = owner.port(), owner.port()
-    with stopped._words.locked(1.0) as locked:
+    stopped, reader = owner.link(), owner.link()
+    with stopped._shared.locked(1.0) as locked:
         assert locked
         assert not reader.take_turn()
     assert reader.take_turn()
@@ -224,7 +224,7 @@ def test_a_reader_books_the_link_in_pieces_only_without_a_turn(
     owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     booked: list[int] = []
-    monkeypatch.setattr(OwnerPort, "pace", lambda port, num_bytes: booked.append(num_bytes))
+    monkeypatch.setattr(OwnerLink, "pace", lambda link, num_bytes: booked.append(num_bytes))
     with owner.reader(100_000.0) as (transport, block):
         target = transport.empty(BYTES)
         transport.copy_stream.copy(target, block)
@@ -242,13 +242,13 @@ def test_a_reader_books_the_link_in_pieces_only_without_a_turn(
 
 
 def test_an_idle_link_saves_nothing_up(owner: Owner) -> None:
-    port = owner.port(1e6)
-    port.pace(1000)
+    link = owner.link(1e6)
+    link.pace(1000)
     time.sleep(0.05)
     started = time.monotonic()
-    port.pace(20_000)
+    link.pace(20_000)
     assert time.monotonic() - started >= 0.0195
-    port.close()
+    link.close()
 
 
 def test_a_failure_in_the_copy_stream_reaches_who_waits(owner: Owner) -> None:
@@ -272,7 +272,7 @@ def test_closing_in_the_middle_of_a_fetch_gives_the_turn_back(owner: Owner) -> N
             transport.copy_stream.end_turn(block)
         wait_until(lambda: tickets_drawn(owner) == 1)
         transport.close()
-    assert owner.port().take_turn()
+    assert owner.link().take_turn()
 
 
 def test_close_is_idempotent_and_leaves_no_descriptor() -> None:

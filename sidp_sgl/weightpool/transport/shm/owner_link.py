@@ -1,4 +1,4 @@
-"""An owner's port in shared words: the readers' turns, and the paced link that they share.
+"""An owner's link in shared memory: the readers' turns on it (a ticket lock), and its pace.
 
 Turns only make fetches faster. A reader that waits too long, because another one was stopped or
 died with its turn, goes on without: no rank depends on another's progress.
@@ -7,10 +7,10 @@ died with its turn, goes on without: no rank depends on another's progress.
 import time
 
 from sidp_sgl.weightpool.transport.interface import WAIT_SECONDS
-from sidp_sgl.weightpool.transport.shm.memory import SharedWords
+from sidp_sgl.weightpool.transport.shm.memory import SharedIntegers
 
 _NEXT_TICKET, _NOW_SERVING, _ABANDONED, _LINK_FREE_AT = range(4)
-NUM_WORDS = 4
+NUM_INTEGERS = 4
 PATIENCE_SECONDS = 1.0  # without anybody's turn ending; a fetch takes milliseconds
 _POLL_SECONDS = 50e-6
 _MAX_PIECES = 16  # of a paced fetch
@@ -18,13 +18,13 @@ _MIN_PIECE_SECONDS = 1e-3
 _MAX_QUEUE = 60  # tickets that the bits of _ABANDONED can tell apart, and then some
 
 
-class OwnerPort:
-    """What a reader of `owner` holds. All shared state lies in the owner's words."""
+class OwnerLink:
+    """What a reader of `owner` holds. All shared state lies with the owner."""
 
     def __init__(self, owner: int, fd: int, link_bytes_per_second: float | None) -> None:
         self.owner = owner
         self.skipped_turns = 0  # fetches that went on without a turn
-        self._words = SharedWords(fd, NUM_WORDS)
+        self._shared = SharedIntegers(fd, NUM_INTEGERS)
         self._rate = link_bytes_per_second
         self._stuck_at = -1  # the ticket that was being served when patience ran out
         self._last_finish = 0  # monotonic ns; a reader that goes on at once keeps its place
@@ -39,7 +39,7 @@ class OwnerPort:
             self.skipped_turns += 1
             return False
         served, deadline = -1, 0.0
-        while (serving := self._words[_NOW_SERVING]) != ticket:
+        while (serving := self._shared[_NOW_SERVING]) != ticket:
             if serving != served:
                 served, deadline = serving, time.monotonic() + patience
             if time.monotonic() > deadline:
@@ -49,37 +49,37 @@ class OwnerPort:
 
     def end_turn(self) -> None:
         """Serve the next reader; tickets that were abandoned are passed over."""
-        with self._words.locked(WAIT_SECONDS) as locked:
+        with self._shared.locked(WAIT_SECONDS) as locked:
             if locked:
                 self._advance()
 
     def _draw_ticket(self) -> int | None:
-        if self._words[_NOW_SERVING] == self._stuck_at:
+        if self._shared[_NOW_SERVING] == self._stuck_at:
             return None  # still the same reader's turn: don't wait for it again
-        with self._words.locked(PATIENCE_SECONDS) as locked:
-            ticket = self._words[_NEXT_TICKET]
-            if not locked or ticket - self._words[_NOW_SERVING] >= _MAX_QUEUE:
+        with self._shared.locked(PATIENCE_SECONDS) as locked:
+            ticket = self._shared[_NEXT_TICKET]
+            if not locked or ticket - self._shared[_NOW_SERVING] >= _MAX_QUEUE:
                 return None
-            self._words[_NEXT_TICKET] = ticket + 1
+            self._shared[_NEXT_TICKET] = ticket + 1
             return ticket
 
     def _abandon(self, ticket: int) -> bool:
         """Give the ticket back; True where its turn has come in the last moment."""
-        with self._words.locked(PATIENCE_SECONDS) as locked:
-            if locked and self._words[_NOW_SERVING] == ticket:
+        with self._shared.locked(PATIENCE_SECONDS) as locked:
+            if locked and self._shared[_NOW_SERVING] == ticket:
                 return True
-            self._stuck_at = self._words[_NOW_SERVING]
+            self._stuck_at = self._shared[_NOW_SERVING]
             self.skipped_turns += 1
             if locked:
-                self._words[_ABANDONED] |= 1 << ticket % 62
+                self._shared[_ABANDONED] |= 1 << ticket % 62
         return False
 
     def _advance(self) -> None:
-        serving = self._words[_NOW_SERVING] + 1
-        while self._words[_ABANDONED] >> serving % 62 & 1:
-            self._words[_ABANDONED] &= ~(1 << serving % 62)
+        serving = self._shared[_NOW_SERVING] + 1
+        while self._shared[_ABANDONED] >> serving % 62 & 1:
+            self._shared[_ABANDONED] &= ~(1 << serving % 62)
             serving += 1
-        self._words[_NOW_SERVING] = serving
+        self._shared[_NOW_SERVING] = serving
 
     @property
     def paced(self) -> bool:
@@ -98,18 +98,18 @@ class OwnerPort:
         """
         assert self._rate is not None
         duration = int(num_bytes / self._rate * 1e9)
-        with self._words.locked(PATIENCE_SECONDS) as locked:
+        with self._shared.locked(PATIENCE_SECONDS) as locked:
             now = time.monotonic_ns()
             # Waking up late must not cost link time: go on from where the last piece ended,
             # unless that is so long ago that the link was idle in between.
             ready = self._last_finish if now - self._last_finish < duration + 2_000_000 else now
-            finish = max(self._words[_LINK_FREE_AT], ready) + duration
+            finish = max(self._shared[_LINK_FREE_AT], ready) + duration
             if locked:
-                self._words[_LINK_FREE_AT] = finish
+                self._shared[_LINK_FREE_AT] = finish
         self._last_finish = finish
         wait = (finish - time.monotonic_ns()) / 1e9
         if wait > 0:
             time.sleep(wait)
 
     def close(self) -> None:
-        self._words.close()
+        self._shared.close()
