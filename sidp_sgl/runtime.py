@@ -182,9 +182,7 @@ class Rank:
             "config": self.config.as_dict(),
             "model": self.model_config.hf_config.to_json_string(),
             "dtype": str(self.model_config.dtype),
-            "stripes": [
-                [[s.owner, s.num_bytes] for s in block] for block in self.pool.placement.blocks
-            ],
+            "owners": [list(self.pool.owners(b)) for b in range(len(self.pool.placement.blocks))],
         }
 
     def status(self) -> Status:
