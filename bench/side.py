@@ -9,19 +9,20 @@ import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bench import offline
 from bench.offline import JobResult
 
 ROOT = Path(__file__).parents[1]
 STOP_SECONDS = 60.0
+T = TypeVar("T")
 
 
-def rotated(names: list[str], by: int) -> list[str]:
+def rotated(sides: list[T], by: int) -> list[T]:
     """Every repeat begins with another side."""
-    by %= len(names)
-    return names[by:] + names[:by]
+    by %= len(sides)
+    return sides[by:] + sides[:by]
 
 
 class Side:

@@ -12,8 +12,9 @@ it stands the ratio of the processor time that all processes had for it: where o
 as well it says more, but it does not see waiting.
 
 Two engines of the same code may differ by some percent for as long as they live, so `--starts`
-pairs are started one after the other, and the median is over the rounds of all. What the machine
-itself does to the result shows `python -m bench.versions HEAD` on a clean tree.
+pairs are started one after the other, each time another side first, and the median is over the
+rounds of all. On a busy machine single rounds differ by a factor of two. What the machine itself
+does to the result shows `python -m bench.versions HEAD` on a clean tree.
 
 Both sides get the same flags, which BASE must know. Results are bench/results/versions.json, or
 versions_quick.json where not all of it ran. Ten minutes (--quick) to half an hour; 14 GB of memory.
@@ -40,7 +41,7 @@ from examples.demo_model.arithmetic import few_shot_header, held_out_problems
 
 LIMIT = 1.03
 BATCHES = {"was": 16, "cas": 8}  # of every rank
-STEPS = 48
+STEPS = 32
 SEED = 0
 HEADS = [
     "",
@@ -131,7 +132,7 @@ def compare(
     with ExitStack() as stack:
         sides = {
             side: stack.enter_context(Side(side, measurement.environment, common, tree=tree))
-            for side, tree in trees.items()
+            for side, tree in trees.items()  # in this order, for it may matter
         }
         for number in range(rounds + 1):  # the first one is for warming up
             taken = {side: measurement.run(sides[side]) for side in rotated(list(sides), number)}
@@ -186,12 +187,12 @@ def main() -> None:
     names = list(measurements(True))
     parser.add_argument("base", metavar="BASE", help="a commit")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--rounds", type=int, help="of each pair of engines (8; quick: 5)")
-    parser.add_argument("--starts", type=int, help="pairs of engines (3; quick: 1)")
+    parser.add_argument("--rounds", type=int, help="of each pair of engines (12; quick: 6)")
+    parser.add_argument("--starts", type=int, help="pairs of engines (3; quick: 2)")
     parser.add_argument("--quick", action="store_true", help="fewer, and a quarter of the demo")
     args = parser.parse_args()
-    rounds = args.rounds or (5 if args.quick else 8)
-    starts = args.starts or (1 if args.quick else 3)
+    rounds = args.rounds or (6 if args.quick else 12)
+    starts = args.starts or (2 if args.quick else 3)
     try:
         commit = git("rev-parse", "--verify", f"{args.base}^{{commit}}")
     except subprocess.CalledProcessError:
@@ -201,8 +202,11 @@ def main() -> None:
     with checked_out(commit) as tree:
         for name in args.only:
             measurement = measurements(args.quick)[name]
-            trees = {"base": tree, "new": ROOT}
-            found = [compare(name, measurement, trees, rounds) for _ in range(starts)]
+            trees = [("base", tree), ("new", ROOT)]
+            found = [
+                compare(name, measurement, dict(rotated(trees, start)), rounds)
+                for start in range(starts)
+            ]
             measured[name] = result_of(measurement.unit, found)
     results = {
         "arguments": vars(args),

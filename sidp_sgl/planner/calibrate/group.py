@@ -10,6 +10,7 @@ import traceback
 import uuid
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.synchronize import Barrier
 from statistics import fmean
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,7 @@ from sidp_sgl.planner.calibrate.points import (
     OverlapPoint,
     RankPoints,
 )
-from sidp_sgl.planner.calibrate.rank import Barrier, RankMeasuring, RankTask
+from sidp_sgl.planner.calibrate.rank import RankMeasuring, RankTask
 from sidp_sgl.planner.models import ModelShape
 from sidp_sgl.sglang_hooks.cpu.cores import plan_cores
 

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from threading import BrokenBarrierError
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -36,10 +37,6 @@ _GEMM_BYTES = 1 << 26  # of the copies of one weight, at least: more than caches
 _OVERLAP_BATCHES = (4, 16)
 _CALL_ROWS = (1, 4, 16)
 _COVER = 1.5  # times its fetches, that a pass computes: they are hidden then
-
-
-class Barrier(Protocol):
-    def wait(self, timeout: float | None = None) -> int: ...
 
 
 @dataclass(frozen=True)
