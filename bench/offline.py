@@ -121,7 +121,8 @@ def shut_down(engine: "sglang.Engine") -> None:
 
 def _remove(segments: Iterable[Path]) -> None:
     for path in [*segments, *Path("/dev/shm").glob(f"sem.{_SEMAPHORES}-*")]:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone, or an anonymous file, as with --sidp
+            path.unlink()
 
 
 def run_job(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sidp_sgl import __version__
 from sidp_sgl.config import OWN_DISPATCH, SidpConfig
 from sidp_sgl.scheduler.control_plane import ControlPlane
+from sidp_sgl.scheduler.lifecycle.liveness import tie
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
 from sidp_sgl.scheduler.member import Member
 from sidp_sgl.scheduler.status import CasStatus, DispatchStatus, Status, StepsStatus, WasStatus
@@ -74,7 +75,7 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     if role == "tokenizer":
         required.apply(refusals.runtime_hooks())
     if role == "detokenizer":
-        reports.join(config.group)
+        tie(config.group)
     if role == "scheduler":
         parallel = get_parallel()
         member = Member(parallel.dp_rank, parallel.tp_rank, parallel.tp_size)

@@ -17,8 +17,6 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, Comple
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
-from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader, shm_path_for
-from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.json_response import model_json_response
 
 from sidp_sgl.batch.engine_process import ANSWER, FAILED, READY, REQUEST, STATUS, STOP
@@ -129,8 +127,7 @@ class _Serving:
 
     async def _report(self) -> None:
         """Mode mix and KV use, for the progress bar."""
-        path = shm_path_for(self._engine.port_args.instance_id)
-        loads = ShmLoadSnapshotReader(path, get_parallel().num_dp_ranks)
+        loads = self._engine.tokenizer_manager.load_snapshot_reader
         while True:
             try:
                 states = [state["sidp"] for state in await self._states() if "sidp" in state]
@@ -143,7 +140,7 @@ class _Serving:
             await asyncio.sleep(_STATUS_SECONDS)
 
 
-def _kv_use(reader: ShmLoadSnapshotReader) -> float | None:
+def _kv_use(reader: Any) -> float | None:
     """Share of the KV tokens in use by requests; None where SGLang publishes no loads."""
     loads = reader.read_all()
     total = sum(load.max_total_num_tokens for load in loads)

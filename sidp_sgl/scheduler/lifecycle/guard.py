@@ -5,6 +5,7 @@ processes are killed, and everybody who waits for an answer gets the failure.
 """
 
 import asyncio
+import os
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ import psutil
 
 from sidp_sgl.errors import SidpError
 from sidp_sgl.scheduler.lifecycle.liveness import (
+    ENGINE,
     Exited,
     Failed,
     LifelineServer,
@@ -200,20 +202,23 @@ class Guard:
 
 
 @contextmanager
-def spawning() -> Iterator[None]:
-    """Processes started inside, and theirs, leave a terminal's Ctrl-C to this process."""
+def spawning(engine: str) -> Iterator[None]:
+    """Processes started inside, and theirs, know their engine from the start, and leave a
+    terminal's Ctrl-C to this process."""
     resource_tracker.ensure_running()  # its start, which comes with the first process, unblocks it
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ[ENGINE] = engine
     try:
         yield
     finally:
+        del os.environ[ENGINE]
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _kill(processes: list[psutil.Process]) -> None:
     """SIGKILL them and all theirs; returns when they have ended.
 
-    One that starts meanwhile, or whose parent has gone before, ends by its lifeline.
+    One that starts meanwhile, or whose parent has ended before, ends by its lifeline.
     """
     doomed = list(processes)
     for process in processes:

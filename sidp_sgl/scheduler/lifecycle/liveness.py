@@ -4,6 +4,7 @@ Each of them holds a connection to the main process: it reports over it, and end
 main process does. The sockets are abstract: nothing of them stays in a file system.
 """
 
+import functools
 import os
 import select
 import signal
@@ -20,6 +21,8 @@ from msgspec import Struct, json
 from sidp_sgl.errors import SidpError
 from sidp_sgl.scheduler.lifecycle.credentials import peer
 from sidp_sgl.scheduler.member import Member
+
+ENGINE = "SIDP_ENGINE"  # environment variable: the engine that a process was started for
 
 
 class RankFailure(SidpError):
@@ -131,15 +134,25 @@ class LifelineServer:
         except (OSError, ValueError):
             return False  # closed
 
-    def close(self) -> None:
-        for connection in [self._listener, *self._connections]:
+    def close(self, timeout: float = 5.0) -> None:
+        """End the other processes; returns when they have ended."""
+        with self._readers_lock:  # nobody is accepted any more
+            with suppress(OSError):  # once more
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it
+            self._listener.close()
+        for connection in self._connections:
             with suppress(OSError):  # its peer has gone first
-                connection.shutdown(socket.SHUT_RDWR)  # wakes the threads that wait on it
-            connection.close()
+                connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + timeout
+        for reader in self._readers.values():
+            reader.join(max(0.0, deadline - time.monotonic()))  # until the other end is closed
 
 
 class Lifeline:
-    """The end of any other process, which ends when the main process closes its own or dies."""
+    """The end of any other process, which ends when the main process closes its own or dies.
+
+    One per process: see `tie`.
+    """
 
     def __init__(self, group: str) -> None:
         """Raises OSError where the main process is gone."""
@@ -157,10 +170,19 @@ class Lifeline:
         self._socket.sendall(encode(message))
 
 
+@functools.cache
+def tie(group: str) -> Lifeline:
+    """This process's lifeline; ends the process where the main process has gone already."""
+    try:
+        return Lifeline(group)
+    except OSError:
+        os._exit(1)
+
+
 def give_up(group: str, member: Member | None, error: BaseException) -> None:
     """Tell the main process why, and end this process without a word more."""
     try:
-        Lifeline(group).send(Failed(member, one_line(error)))
+        tie(group).send(Failed(member, one_line(error)))
     finally:
         os._exit(1)
 

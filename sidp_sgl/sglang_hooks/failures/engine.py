@@ -76,7 +76,7 @@ def _launch_ranks(original: Any, cls: type, server_args: Any, *args: Any, **kwar
     if guard is None:
         return original(cls, server_args, *args, **kwargs)
     signals.handle_sigquit(guard, server_args)
-    with spawning():
+    with spawning(guard.group):
         result, processes = original(cls, server_args, *args, **kwargs)
         for process in processes:
             guard.watch(process, "the DP controller")
@@ -88,7 +88,7 @@ def _launch_detokenizers(original: Any, cls: type, *args: Any, **kwargs: Any) ->
     guard = guards.of(kwargs.get("server_args", args[0] if args else None))
     if guard is None:
         return original(cls, *args, **kwargs)
-    with spawning():
+    with spawning(guard.group):
         processes, names = original(cls, *args, **kwargs)
         for process, name in zip(processes, names, strict=True):
             guard.watch(process, f"the {name}")

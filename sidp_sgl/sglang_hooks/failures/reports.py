@@ -6,7 +6,6 @@ other the traceback is logged first.
 
 import inspect
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,18 +13,10 @@ from typing import Any
 from sglang.srt.runtime_context import get_parallel
 
 from sidp_sgl.errors import SidpError
-from sidp_sgl.scheduler.lifecycle.liveness import Exited, Lifeline, Pooled, give_up, watch_process
+from sidp_sgl.scheduler.lifecycle.liveness import Exited, Pooled, give_up, tie, watch_process
 from sidp_sgl.scheduler.member import Member
 
 logger = logging.getLogger(__name__)
-
-
-def join(group: str) -> Lifeline:
-    """Tie this process to the engine's main process; ends it where that has gone already."""
-    try:
-        return Lifeline(group)
-    except OSError:
-        os._exit(1)
 
 
 class RankReports:
@@ -34,7 +25,7 @@ class RankReports:
     def __init__(self, group: str, member: Member) -> None:
         self._group = group
         self._member = member
-        self._lifeline = join(group)
+        self._lifeline = tie(group)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -55,7 +46,7 @@ class ControllerReports:
     """In the DP controller process, the parent of all ranks."""
 
     def __init__(self, group: str) -> None:
-        self._lifeline = join(group)
+        self._lifeline = tie(group)
 
     def start(self, original: Any, process: Any) -> None:
         """`Process.start`: a rank is watched from the moment it exists. SGLang keeps a list of the

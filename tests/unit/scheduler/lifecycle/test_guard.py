@@ -17,7 +17,7 @@ import pytest
 
 from sidp_sgl.errors import SidpError
 from sidp_sgl.scheduler.lifecycle.guard import Guard, spawning
-from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
+from sidp_sgl.scheduler.lifecycle.liveness import ENGINE, RankFailure
 from sidp_sgl.scheduler.member import members
 
 REPORT = """
@@ -40,7 +40,7 @@ class Engine:
 
     def start(self, name: str) -> BaseProcess:
         process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
-        with spawning():
+        with spawning(self.guard.group):
             process.start()
         self.guard.watch(process, name)
         return process
@@ -153,6 +153,13 @@ def test_two_engines_do_not_meet(engine: Engine) -> None:
     assert other.guard.failure is None
     other.guard.close()
     assert_nothing_left(engine)
+
+
+def test_processes_know_their_engine_and_nobody_else_does(engine: Engine) -> None:
+    assert ENGINE not in os.environ
+    for process in engine.processes:
+        child = psutil.Process(process.pid)
+        wait_until(lambda child=child: child.environ().get(ENGINE) == engine.guard.group)
 
 
 def test_what_the_processes_have_started_ends_too(engine: Engine) -> None:

@@ -31,7 +31,7 @@ def rank(server_args: str, tp_rank: int, dp_rank: int, pipe: str = "") -> None:
 
 
 def test_every_rank_is_watched_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reports, "Lifeline", Lifeline)
+    monkeypatch.setattr(reports, "tie", Lifeline)
     controller: Any = ControllerReports("group")
     context = multiprocessing.get_context("fork")  # children that import nothing
     processes = [context.Process(target=rank, args=("arguments", 0, n)) for n in range(3)]
