@@ -15,8 +15,8 @@ from sidp_sgl.scheduler.modes.step_modes import StepModes
 
 
 class ControlPlane:
-    """`owners`: owner of every layer. `capacity_rows` of staging are leased to others, `max_rows`
-    is what this rank may ask for."""
+    """`owners`: the ranks that this one needs in a CaS step. `capacity_rows` of staging are leased
+    to others, `max_rows` is what this rank may ask for."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class ControlPlane:
         threshold = config.sidp_batch_threshold
         self.modes = StepModes(
             ModePolicy(config.sidp_mode),
-            LeaseClient(rank, engine, sorted(set(owners) - {rank})),
+            LeaseClient(rank, engine, owners),
             max_rows,
             None if isinstance(threshold, str) else threshold,
         )

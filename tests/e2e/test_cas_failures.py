@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ import sglang
 
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from tests.support.checkpoints import write_checkpoint
-from tests.support.engines import engine, environment, statuses
+from tests.support.engines import engine, statuses
 from tests.support.traces import Traces, rank_number, ranks
 
 SETTINGS = {
@@ -49,7 +50,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with (
         pytest.MonkeyPatch.context() as monkeypatch,
         tempfile.TemporaryDirectory(prefix="traces-") as folder,
-        environment(PYTHONWARNINGS="ignore"),
+        patch.dict(os.environ, PYTHONWARNINGS="ignore"),
     ):
         traces = Traces(monkeypatch, Path(folder))
         with engine(model, **SETTINGS) as started:

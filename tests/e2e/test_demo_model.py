@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import sglang
@@ -18,7 +19,7 @@ from examples.demo_model.arithmetic import (
     held_out_problems,
     solve,
 )
-from tests.support.engines import engine, environment, statuses
+from tests.support.engines import engine, statuses
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 DP_SIZE = 2
@@ -36,7 +37,7 @@ def shared_prefix_job() -> list[str]:
 def plain_job() -> JobResult:
     """Plain DP on the same job. Small devices: it is short of KV, so it runs other batches."""
     with (
-        environment(SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY),
+        patch.dict(os.environ, SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY),
         engine(CHECKPOINT, dp_size=DP_SIZE) as plain,
     ):
         return run_job(plain, DP_SIZE, shared_prefix_job(), SAMPLING)
@@ -46,7 +47,7 @@ def plain_job() -> JobResult:
 def running(plain_job: JobResult) -> Iterator[sglang.Engine]:
     """After the plain one: an engine that shuts down ends all processes below this one."""
     with (
-        environment(SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY),
+        patch.dict(os.environ, SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY),
         engine(CHECKPOINT, dp_size=DP_SIZE, sidp=True) as started,
     ):
         yield started

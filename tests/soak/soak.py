@@ -7,11 +7,13 @@ stopped now and then: every request gets its answer, every row is served once, n
 import argparse
 import asyncio
 import contextlib
+import os
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import sglang
@@ -21,7 +23,7 @@ from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from tests.soak.load import Load, Request, make_requests, texts_of
 from tests.soak.ranks import Resources, Stops, rank_processes, resources
 from tests.support.disturbances import Disturbances, disturbed
-from tests.support.engines import engine, environment, statuses
+from tests.support.engines import engine, statuses
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 DEVICE_MEMORY = "10MB"  # KV for a few requests: others wait
@@ -141,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
-    with environment(SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY):
+    with patch.dict(os.environ, SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY):
         result = soak(parser.parse_args())
     record("soak", result)
     for problem in result["problems"][:20]:
