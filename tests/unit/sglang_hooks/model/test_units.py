@@ -237,3 +237,29 @@ def test_a_projection_that_leaves_its_bias_to_its_caller_is_refused() -> None:
     ffn_with_one = ffn()
     ffn_with_one.down_proj.skip_bias_add = True  # its own module's business
     pooled_unit(Unit("mlp", ffn_with_one), 0, 3, is_last=True)
+
+
+@pytest.mark.parametrize("pool", ["ffn", "linear"])
+def test_an_owner_computes_its_own_part_without_sglangs_forwards(
+    pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A linear layer's own forward may hold a collective, and looks at flags of the forward pass."""
+    (units,) = find_blocks(decoder_layer(), 0, pool)
+    pooled = [pooled_unit(unit, n, 0, is_last=False) for n, unit in enumerate(units)]
+    rows = [rows_of(unit.payload[0].width) for unit in pooled]
+    expected = [unit.forward(r) for unit, r in zip(pooled, rows, strict=True)]
+    for kind in (Linear, RowLinear):
+        monkeypatch.setattr(kind, "forward", lambda *_: pytest.fail("SGLang's forward"))
+    for unit, r, result in zip(pooled, rows, expected, strict=True):
+        whole = result[0] if isinstance(result, tuple) else result
+        assert torch.equal(unit.partial(r), whole) and whole.any()
+
+
+def test_an_owner_computes_with_the_weights_as_they_are_then() -> None:
+    layer = decoder_layer()
+    ((unit,),) = find_blocks(layer, 0, "ffn")
+    pooled = pooled_unit(unit, 0, 0, is_last=True)
+    before = pooled.partial(rows_of(HIDDEN))
+    weight = layer.mlp.down_proj.weight
+    placeholders.view_pool(layer, NAME, 2 * weight.data, is_parameter=True)
+    assert torch.equal(pooled.partial(rows_of(HIDDEN)), 2 * before) and before.any()

@@ -8,9 +8,19 @@ import torch
 
 from sidp_sgl.weightpool.cas.endpoint import CasEndpoint
 from sidp_sgl.weightpool.cas.mailbox import Call, Outcome
+from sidp_sgl.weightpool.cas.staging import make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType, rows_view
 from tests.support import cas
-from tests.support.cas import endpoints, make_rows, matmul_unit, settle, weight
+from tests.support.cas import (
+    IN_WIDTH,
+    OUT_WIDTH,
+    connected_mailboxes,
+    endpoints,
+    make_rows,
+    matmul_unit,
+    settle,
+    weight,
+)
 from tests.support.transports import KINDS
 
 OWNERS = [0, 1, 2, 0, 1, 2]
@@ -228,3 +238,70 @@ def test_a_call_is_received_once() -> None:
         groups[0].mailbox.send(1, 1, 0, 4)
         assert groups[1].mailbox.receive(1.0) == [Call(0, 1, 1, 0, 4, 0)]
         assert groups[1].mailbox.receive(0.0) == []
+
+
+def half_unit(half: int) -> PooledUnit:
+    """What one of two owners computes: half of the sum over the input's columns, of rows that are
+    scaled each on its own: a payload of two tensors."""
+    columns = slice(half * IN_WIDTH // 2, (half + 1) * IN_WIDTH // 2)
+
+    def partial(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return (rows * scales)[:, columns] @ weight(0)[columns]
+
+    payload = RowType(IN_WIDTH, torch.float32), RowType(1, torch.float32)
+    result = RowType(OUT_WIDTH, torch.float32)
+    return PooledUnit(0, 0, True, payload, result, partial, partial)
+
+
+def test_the_owners_of_a_blocks_stripes_compute_a_part_each() -> None:
+    halves = [half_unit(0), half_unit(1)]
+    staging = make_staging([halves[0].row_bytes], num_ranks=4, num_stripes=2)
+    with connected_mailboxes(4, staging) as mailboxes:
+        owned = [[halves[0]], [halves[1]], [], []]
+        ranks = [CasEndpoint(m, staging, units) for m, units in zip(mailboxes, owned, strict=True)]
+        for owner in ranks[:2]:
+            owner.service.start()
+        for requester in (2, 3):
+            rows, scales = make_rows(5, seed=requester), torch.arange(5.0).view(5, 1)
+            first = 64 * (requester - 2)
+            ranks[requester].requester.begin_step({0: first, 1: first}, 5)
+            result = ranks[requester].requester.call([0, 1], halves[0], [rows, scales])
+            assert result is not None
+            assert torch.equal(result, (rows * scales) @ weight(0))
+            assert ranks[requester].requester.counters.rows_sent == 2 * 5
+        assert [owner.service.counters.rows_served for owner in ranks[:2]] == [10, 10]
+        for endpoint in ranks[:2]:
+            endpoint.service.close()
+
+
+def test_one_silent_owner_of_several_ends_the_steps_calls() -> None:
+    halves = [half_unit(0), half_unit(1)]
+    staging = make_staging([halves[0].row_bytes], num_ranks=3, num_stripes=2)
+    with connected_mailboxes(3, staging) as mailboxes:
+        owned = [[halves[0]], [halves[1]], []]
+        ranks = [CasEndpoint(m, staging, units) for m, units in zip(mailboxes, owned, strict=True)]
+        ranks[0].service.start()
+        requester, payload = ranks[2].requester, [make_rows(2), torch.ones(2, 1)]
+        requester._patience = 0.05
+        requester.begin_step({0: 0, 1: 0}, 2)
+        assert requester.call([0, 1], halves[0], payload) is None
+        assert not requester.is_active and not requester.is_available()
+        ranks[1].service.start()
+        deadline = time.monotonic() + 10
+        while not requester.is_available():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        requester._patience = 10.0
+        requester.begin_step({0: 0, 1: 0}, 2)
+        result = requester.call([0, 1], halves[0], payload)
+        assert result is not None and torch.equal(result, payload[0] @ weight(0))
+        for endpoint in ranks[:2]:
+            endpoint.service.close()
+
+
+def test_a_payload_of_another_form_is_not_sent() -> None:
+    with endpoints(2, UNITS[:2], [0, 1]) as groups:
+        for wrong in (make_rows(2).double(), make_rows(2)[:, :5], make_rows(2)[None]):
+            groups[0].requester.begin_step({1: 0}, 2)
+            assert groups[0].requester.call([1], UNITS[1], [wrong]) is None
+        assert groups[0].counters()["rows_sent"] == 0
