@@ -243,7 +243,7 @@ def test_a_projection_that_leaves_its_bias_to_its_caller_is_refused() -> None:
 def test_an_owner_computes_its_own_part_without_sglangs_forwards(
     pool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A linear layer's own forward may hold a collective, and looks at flags of the forward pass."""
+    """Which may hold a collective, and look at flags of the forward pass in another thread."""
     (units,) = find_blocks(decoder_layer(), 0, pool)
     pooled = [pooled_unit(unit, n, 0, is_last=False) for n, unit in enumerate(units)]
     rows = [rows_of(unit.payload[0].width) for unit in pooled]
