@@ -3,14 +3,13 @@
 answered, `routed_dp_rank` is obeyed."""
 
 import asyncio
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import sglang
 
+from bench.demo_job import CHECKPOINT
 from bench.offline import JobResult, run_job
 from examples.demo_model.arithmetic import (
     few_shot_header,
@@ -19,8 +18,8 @@ from examples.demo_model.arithmetic import (
     solve,
 )
 from tests.support.engines import engine, environment, statuses
+from tests.support.traces import traced
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 DP_SIZE = 2
 DEVICE_MEMORY = "8MB"  # about six requests with a header fit into one rank's KV cache
 NUM_PROBLEMS = 96
@@ -45,11 +44,11 @@ def plain_job() -> JobResult:
 @pytest.fixture(scope="module")
 def running(plain_job: JobResult) -> Iterator[sglang.Engine]:
     """After the plain one: an engine that shuts down ends all processes below this one."""
-    with (
-        environment(SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY),
-        engine(CHECKPOINT, dp_size=DP_SIZE, sidp=True) as started,
-    ):
-        yield started
+    with traced(SIDP_CPU_DEVICE_MEMORY=DEVICE_MEMORY) as traces:
+        with engine(CHECKPOINT, dp_size=DP_SIZE, sidp=True) as started:
+            traces.processes()
+            yield started
+        traces.assert_nothing_left(5.0)
 
 
 def run(running: sglang.Engine, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -151,10 +150,3 @@ def test_requests_moved_from_rank_to_rank_meanwhile(running: sglang.Engine) -> N
 
 def test_checkpoint_is_small_enough_to_keep_in_the_repository() -> None:
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 10_000_000
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_left_in_shared_memory() -> Iterator[None]:
-    before = set(os.listdir("/dev/shm"))
-    yield
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if "sidp" in name]

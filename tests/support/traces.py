@@ -4,6 +4,8 @@ import os
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -67,6 +69,23 @@ class Traces:
             time.sleep(0.1)
         assert not left
         assert self._groups, "the test has not looked while the engine ran"
+
+
+@contextmanager
+def traced(**environment: str) -> Iterator[Traces]:
+    """Of what is started inside, with `environment`; what still runs at the end is killed."""
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        tempfile.TemporaryDirectory(prefix="traces-") as folder,  # short: sockets lie in it
+    ):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        traces = Traces(monkeypatch, Path(folder))
+        try:
+            yield traces
+        finally:
+            for process in traces.processes():
+                process.kill()
 
 
 def ranks(main_pid: int) -> list[psutil.Process]:
