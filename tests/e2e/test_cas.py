@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import sglang
 
+from bench.demo_job import CHECKPOINT
 from examples.demo_model.arithmetic import few_shot_header, held_out_problems
 from sidp_sgl.scheduler.disturbances import VARIABLE as DISTURBANCES
 from tests.e2e.test_parity import (
@@ -24,7 +25,6 @@ from tests.e2e.test_parity import (
 )
 from tests.support.engines import answer, engine, environment, statuses
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 LOGPROB_TOLERANCE = 1e-5  # rows of one request alone are computed as they would be locally
 NUM_REQUESTS = 80
 GIVEN_THRESHOLD = 11  # in mode auto

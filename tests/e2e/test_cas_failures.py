@@ -18,7 +18,7 @@ import sglang
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from tests.support.checkpoints import write_checkpoint
 from tests.support.engines import engine, statuses
-from tests.support.traces import Traces, rank_number, ranks, traced
+from tests.support.traces import Traces, ranks, traced
 
 SETTINGS = {
     "dp_size": 2,
@@ -51,7 +51,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def owner_process() -> psutil.Process:
-    return next(process for process in ranks(os.getpid()) if rank_number(process) == OWNER)
+    return ranks(os.getpid())[OWNER]
 
 
 async def chunks(started: sglang.Engine) -> AsyncIterator[list[int]]:

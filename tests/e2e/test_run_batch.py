@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.engines import engine
-from tests.support.jobs import records
+from tests.support.jobs import records, write_lines
 from tests.support.run_batch import (
     CHECKPOINT,
     MAX_TOKENS,
@@ -17,7 +17,6 @@ from tests.support.run_batch import (
     prompt_of,
     run_batch,
     text_of,
-    write_input,
 )
 from tests.support.traces import Traces
 
@@ -49,7 +48,7 @@ def test_a_job_through_a_killed_rank_and_ctrl_c(
     sums = demo_lines(NUM_SUMS)
     two = {**sums[0]["body"], "n": 2}
     double = {**sums[0], "custom_id": "double", "body": two}
-    write_input(tmp_path, [*map(bad_line, BAD), double, *sums])
+    write_lines(tmp_path / "in", [*map(bad_line, BAD), double, *sums])
 
     with run_batch(tmp_path, "--max-in-flight", "16") as first:
         first.wait_for_records(20)
@@ -90,7 +89,7 @@ def test_a_job_through_a_killed_rank_and_ctrl_c(
 
 
 def test_flags_of_sglang_are_checked_before_anything_starts(tmp_path: Path) -> None:
-    write_input(tmp_path, demo_lines(1))
+    write_lines(tmp_path / "in", demo_lines(1))
     with run_batch(tmp_path, "--no-such-flag") as running:
         assert running.wait() == 2
     assert running.log.read_text() == (

@@ -15,7 +15,7 @@ from bench.demo_job import CHECKPOINT
 from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
 from sidp_sgl.scheduler.metrics import METRICS, value_of
 from tests.support.server import Server
-from tests.support.traces import Traces, rank_number, ranks, traced
+from tests.support.traces import Traces, ranks, traced
 
 HEADER = few_shot_header(num_tokens_min=160)
 (PROMPT, ANSWER), *_ = held_out_problems(1)
@@ -170,7 +170,7 @@ def error_of(running: Server, path: str, body: Any) -> tuple[int, str, float]:
 
 def test_a_killed_rank_ends_the_server(running: Server, traces: Traces) -> None:
     traces.processes()
-    victim = next(rank for rank in ranks(running.process.pid) if rank_number(rank) == 1)
+    victim = ranks(running.process.pid)[1]
     victim.suspend()
     sampling = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
     native = {"text": PROMPT, "sampling_params": sampling, "routed_dp_rank": 1}

@@ -9,12 +9,12 @@ import asyncio
 import contextlib
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
 import sglang
 
+from bench.demo_job import CHECKPOINT
 from bench.record import record
 from sidp_sgl.scheduler.disturbances import VARIABLE as DISTURBANCES
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
@@ -22,7 +22,6 @@ from tests.soak.load import Load, Request, make_requests, texts_of
 from tests.soak.ranks import Resources, Stops, rank_processes, resources
 from tests.support.engines import engine, environment, statuses
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 DEVICE_MEMORY = "10MB"  # KV for a few requests: others wait
 DP_SIZE = 4
 NUM_REQUESTS = 300
