@@ -13,7 +13,6 @@ from bench.demo_job import CHECKPOINT
 from bench.offline import JobResult, run_job
 from examples.demo_model.arithmetic import (
     few_shot_header,
-    final_answer,
     held_out_problems,
     solve,
 )
@@ -78,12 +77,7 @@ def test_many_requests_give_identical_text_and_right_answers(
 ) -> None:
     result = run_job(running, DP_SIZE, shared_prefix_job(), SAMPLING)
     states = statuses(running)
-    assert result.outputs == plain_job.outputs
-    right = [
-        final_answer(output) == answer
-        for output, (_, answer) in zip(result.outputs, held_out_problems(NUM_PROBLEMS), strict=True)
-    ]
-    assert sum(right) >= 0.95 * len(right)
+    assert result.outputs == plain_job.outputs == [*map(solve, shared_prefix_job())]
     assert result.hit_rate > 0.5, "the radix cache must hold the header"
     for status in states:
         assert status["was"]["fetches"] > 100 and status["was"]["resyncs"] == 0
