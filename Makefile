@@ -2,9 +2,11 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 E2E := not ray and not thorough
+# Processes that run tests; in tests/e2e each starts its engines.
+WORKERS := 2
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-all unit e2e test-ray soak kills bench versions lint format clean
+.PHONY: install demo check test test-all unit e2e test-ray soak kills bench versions lint format clean
 .DEFAULT_GOAL := install
 
 install: $(INSTALLED)
@@ -19,6 +21,8 @@ $(INSTALLED): pyproject.toml
 demo: install
 	@PYTHONWARNINGS=ignore $(PYTHON) -m examples.demo
 
+check: lint unit
+
 test: unit e2e
 
 # With the cases that make CI too long.
@@ -26,14 +30,15 @@ test-all:
 	$(MAKE) test E2E="not ray"
 
 unit: install
-	$(PYTHON) -m pytest tests/unit
+	$(PYTHON) -m pytest tests/unit -n $(WORKERS)
 	$(PYTHON) -m pytest tests/kernels
 
 # lm-evaluation-harness comes last: it brings scikit-learn, which slows every process's start.
 e2e: install
-	$(PYTHON) -m pytest tests/e2e -m "$(E2E)" --ignore tests/e2e/test_evaluation.py
+	$(PYTHON) -m pytest tests/e2e -m "$(E2E)" --ignore tests/e2e/test_evaluation.py \
+		-n $(WORKERS) --dist loadfile
 	PATH="$$PATH:$(VENV)/bin" uv pip install --quiet --python $(PYTHON) --editable '.[eval]'
-	$(PYTHON) -m pytest tests/e2e/test_evaluation.py
+	$(PYTHON) -m pytest tests/e2e/test_evaluation.py -m "$(E2E)"
 
 # Two engines under Ray, about 5 GB of memory; not part of `make test`.
 test-ray: install

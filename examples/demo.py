@@ -1,4 +1,4 @@
-"""What SiDP does, in two minutes on any machine: `make demo`.
+"""What SiDP does, in three minutes on any machine: `make demo`.
 
 The same few-shot job on sgl.Engine with four data-parallel ranks, first plain, then with
 `sidp=True`, on pretended devices that are small for the weights: more KV cache, larger batches,
@@ -9,10 +9,14 @@ import argparse
 import contextlib
 import os
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import psutil
 from tqdm import tqdm
 
 from bench.offline import JobResult, run_job, shut_down, start_engine
@@ -20,25 +24,77 @@ from examples.demo_model.arithmetic import few_shot_header, final_answer, held_o
 
 CHECKPOINT = Path(__file__).parent / "demo_model" / "checkpoint"
 DP_SIZE = 4
-NUM_PROBLEMS = 384
+NUM_PROBLEMS = 256
 HEADER_TOKENS = 160
 MAX_NEW_TOKENS = 96
 DEVICE_MEMORY = "7.9MB"
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[TextIO]:
+    """The terminal for this file alone: what SGLang and its processes write goes to a file that is
+    shown where they fail."""
+    streams = (1, 2)
+    kept = [os.dup(stream) for stream in streams]
+    with tempfile.TemporaryFile("w+") as log, os.fdopen(os.dup(2), "w") as terminal:
+        for stream in streams:
+            os.dup2(log.fileno(), stream)
+        try:
+            yield terminal
+        except Exception:
+            log.seek(0)
+            terminal.write(log.read())
+            raise
+        finally:
+            for stream, file in zip(streams, kept, strict=True):
+                os.dup2(file, stream)
+                os.close(file)
+
+
+def num_started() -> int:
+    """Ranks of this process's engine that have imported SGLang: they have their names then."""
+    count = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            count += "".join(process.cmdline()[:1]).startswith("sglang::scheduler")
+    return count
+
+
+@contextlib.contextmanager
+def ranks_on(bar: tqdm) -> Iterator[None]:
+    """The bar counts the ranks that start inside."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.5):
+            bar.n = num_started()
+            bar.refresh()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
 def run(prompts: list[str], dp_size: int, **keywords: Any) -> tuple[JobResult, list[dict]]:
     """One engine, one job: the result and every rank's state."""
     label = "SiDP" if keywords.get("sidp") else "plain DP"
-    with tqdm(
-        total=len(prompts), desc=f"{label:>8}: starting", unit="prompt", mininterval=0.5
-    ) as bar:
-        engine = start_engine(model_path=str(CHECKPOINT), dp_size=dp_size, **keywords)
+    with (
+        quiet() as terminal,
+        tqdm(total=dp_size, desc=f"{label:>8}: starting", unit="rank", file=terminal) as bar,
+    ):
+        with ranks_on(bar):
+            engine = start_engine(model_path=str(CHECKPOINT), dp_size=dp_size, **keywords)
         try:
             # Warm-up: one request per rank, so that both sides start with the same caches.
             for rank in range(dp_size):
                 engine.generate(prompts[0], {"max_new_tokens": 4}, routed_dp_rank=rank)
             engine.flush_cache()
-            bar.reset()
+            bar.unit = "prompt"
+            bar.reset(len(prompts))
             bar.set_description(f"{label:>8}: generating")
             sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS}
             result = run_job(engine, dp_size, prompts, sampling, bar.update)

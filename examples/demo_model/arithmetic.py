@@ -20,8 +20,9 @@ def is_held_out(prompt: str) -> bool:
 
 
 def solve(prompt: str) -> str:
-    """What follows ``prompt`` on its line: the running sums, then the final answer."""
-    total, *rest = (int(operand) for operand in prompt.rstrip("=").split("+"))
+    """What follows ``prompt`` on its last line: the running sums, then the final answer."""
+    problem = prompt.rpartition("\n")[2]
+    total, *rest = (int(operand) for operand in problem.rstrip("=").split("+"))
     steps = []
     for operand in rest:
         steps.append(f"{total}+{operand}={total + operand}")

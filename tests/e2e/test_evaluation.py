@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,10 +63,12 @@ def evaluate(folder: Path, model_args: str) -> Evaluation:
 
 
 def test_scores_and_answers_equal_plain_sglang(tmp_path: Path) -> None:
-    plain = evaluate(tmp_path / "plain", "dp_size=1,log_level=info")
-    pooled = evaluate(
-        tmp_path / "sidp", "dp_size=2,sidp=True,log_level=info,decode_log_interval=10"
-    )
+    settings = {
+        "plain": "dp_size=1,log_level=info",
+        "sidp": "dp_size=2,sidp=True,log_level=info,decode_log_interval=10",
+    }
+    with ThreadPoolExecutor() as threads:  # they start for half a minute
+        plain, pooled = threads.map(evaluate, map(tmp_path.joinpath, settings), settings.values())
     assert plain.scores.keys() == {"sums", "sums_choice"}
     assert pooled.scores == plain.scores
     assert pooled.answers["sums"] == plain.answers["sums"]

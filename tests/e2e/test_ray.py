@@ -1,15 +1,13 @@
 """Two engines with SiDP under Ray Data on this machine, as examples/ray_data.py runs them."""
 
-from pathlib import Path
-
 import pytest
 
+from bench.demo_job import CHECKPOINT
 from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 NUM_PROBLEMS = 64
 
 

@@ -1,5 +1,5 @@
 """`sidp-sgl run-batch` on real engines: one job with bad requests, through a killed rank and a
-Ctrl-C, ends with what plain SGLang says to each request."""
+Ctrl-C, ends with what plain SGLang says to each request (test_demo_model): the right sum."""
 
 import os
 import signal
@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.support.engines import engine
-from tests.support.jobs import records
+from examples.demo_model.arithmetic import solve
+from tests.support.jobs import records, write_lines
 from tests.support.run_batch import (
-    CHECKPOINT,
-    MAX_TOKENS,
     demo_lines,
     prompt_of,
     run_batch,
     text_of,
-    write_input,
 )
 from tests.support.traces import Traces
 
@@ -33,14 +30,6 @@ def bad_line(name: str) -> dict[str, Any]:
     return {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": BAD[name]}
 
 
-def expected_texts(lines: list[dict[str, Any]]) -> list[str]:
-    """Of a plain engine."""
-    with engine(CHECKPOINT) as running:
-        sampling = {"temperature": 0, "max_new_tokens": MAX_TOKENS}
-        outputs = running.generate([prompt_of(line) for line in lines], sampling)
-    return [output["text"] for output in outputs]
-
-
 def test_a_job_through_a_killed_rank_and_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +38,7 @@ def test_a_job_through_a_killed_rank_and_ctrl_c(
     sums = demo_lines(NUM_SUMS)
     two = {**sums[0]["body"], "n": 2}
     double = {**sums[0], "custom_id": "double", "body": two}
-    write_input(tmp_path, [*map(bad_line, BAD), double, *sums])
+    write_lines(tmp_path / "in", [*map(bad_line, BAD), double, *sums])
 
     with run_batch(tmp_path, "--max-in-flight", "16") as first:
         first.wait_for_records(20)
@@ -83,14 +72,15 @@ def test_a_job_through_a_killed_rank_and_ctrl_c(
         assert response["body"]["error"]["type"] == "invalid_request_error"
     assert len(by_id["double"]["response"]["body"]["choices"]) == 2
     assert by_id["sum-0"]["response"]["body"]["model"] == "demo"
-    assert [text_of(by_id[line["custom_id"]]) for line in sums] == expected_texts(sums)
+    texts = [text_of(by_id[line["custom_id"]]) for line in sums]
+    assert texts == [solve(prompt_of(line)) for line in sums]
     last_line = third.log.read_text().splitlines()[-1]
     assert f"{len(found)} of {len(found)} requests done" in last_line
     assert "3 of them error records" in last_line and "WaS" in last_line
 
 
 def test_flags_of_sglang_are_checked_before_anything_starts(tmp_path: Path) -> None:
-    write_input(tmp_path, demo_lines(1))
+    write_lines(tmp_path / "in", demo_lines(1))
     with run_batch(tmp_path, "--no-such-flag") as running:
         assert running.wait() == 2
     assert running.log.read_text() == (

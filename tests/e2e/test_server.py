@@ -1,29 +1,40 @@
-"""SiDP behind SGLang's HTTP server: its own and the OpenAI endpoints, streaming, status."""
+"""SiDP behind SGLang's HTTP server: its own and the OpenAI endpoints, streaming, status; at last
+the end of a server that loses a rank."""
 
 import json
 import time
 import urllib.error
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.demo_job import CHECKPOINT
 from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
 from sidp_sgl.scheduler.status import METRICS, VALUES
-from tests.support.server import Server, server
+from tests.support.server import Server
+from tests.support.traces import Traces, ranks, traced
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 HEADER = few_shot_header(num_tokens_min=160)
 (PROMPT, ANSWER), *_ = held_out_problems(1)
 
 
+END_SECONDS = 15.0  # from the kill to the error
+
+
 @pytest.fixture(scope="module")
-def running() -> Iterator[Server]:
-    arguments = ["--model-path", str(CHECKPOINT), "--device", "cpu", "--dp-size", "2", "--sidp"]
-    with server(*arguments, "--enable-metrics", SIDP_CPU_DEVICE_MEMORY="64MiB") as started:
-        yield started
+def traces() -> Iterator[Traces]:
+    with traced(SIDP_CPU_DEVICE_MEMORY="64MiB", PYTHONWARNINGS="ignore") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def running(traces: Traces) -> Server:
+    server = Server(CHECKPOINT, "--enable-metrics")
+    server.wait_until_ready()
+    return server
 
 
 def test_generate(running: Server) -> None:
@@ -126,3 +137,46 @@ def test_weight_updates_are_refused(running: Server) -> None:
         running.post("/update_weights_from_disk", {"model_path": str(CHECKPOINT)})
     assert caught.value.code == 400
     assert "--sidp" in json.dumps(json.load(caught.value))
+
+
+def error_of(running: Server, path: str, body: Any) -> tuple[int, str, float]:
+    """Status, message and time of the error that answers a request."""
+    try:
+        with running.open(path, body, timeout=60.0) as response:
+            events = [line for line in response if b"error" in line]
+            error = json.loads(events[0].removeprefix(b"data: "))["error"]
+            return error["code"], error["message"], time.monotonic()
+    except urllib.error.HTTPError as response:
+        return response.code, json.load(response)["error"]["message"], time.monotonic()
+
+
+def test_a_killed_rank_ends_the_server(running: Server, traces: Traces) -> None:
+    traces.processes()
+    victim = ranks(running.process.pid)[1]
+    victim.suspend()
+    sampling = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
+    native = {"text": PROMPT, "sampling_params": sampling, "routed_dp_rank": 1}
+    openai = {"model": "m", "prompt": PROMPT, "max_tokens": 200, "routed_dp_rank": 1}
+    requests = [
+        ("/generate", native),
+        ("/generate", {**native, "stream": True}),
+        ("/v1/completions", openai),
+        ("/v1/completions", {**openai, "stream": True}),
+        ("/server_info", None),
+    ]
+    with ThreadPoolExecutor(len(requests)) as threads:
+        pending = [threads.submit(error_of, running, *request) for request in requests]
+        time.sleep(3.0)
+        killed_at = time.monotonic()
+        victim.kill()
+        for answer in pending:
+            status, message, answered_at = answer.result()
+            assert status == 503
+            assert f"DP rank 1 (pid {victim.pid}) was killed by SIGKILL" in message
+            assert answered_at - killed_at < END_SECONDS
+    log = running.wait(END_SECONDS)
+    assert running.process.returncode == 1
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"DP rank 1 (pid {victim.pid})" in errors[0]
+    assert "Traceback" not in log
+    traces.assert_nothing_left(2.0)

@@ -20,8 +20,8 @@ import pytest
 
 from bench.record import record
 from tests.soak.disk import fill, small_disk
-from tests.support.jobs import line, records
-from tests.support.run_batch import RunBatch, demo_lines, run_batch, write_input
+from tests.support.jobs import line, records, write_lines
+from tests.support.run_batch import RunBatch, demo_lines, run_batch
 from tests.support.traces import Traces
 
 NUM_SUMS = 1000
@@ -148,7 +148,7 @@ def answers(output: Path) -> tuple[dict[str, Any], int]:
 
 def undisturbed(folder: Path, lines: list[dict[str, Any]]) -> dict[str, Any]:
     folder.mkdir()
-    write_input(folder, lines)
+    write_lines(folder / "in", lines)
     with run_batch(folder, *FLAGS[2:]) as running:
         assert running.wait() == 0, running.log.read_text()
     return answers(folder / "out")[0]
@@ -173,7 +173,7 @@ def main() -> None:
         (folder / "traces").mkdir()
         traces = Traces(patch, folder / "traces")
         with small_disk(folder / "disk") as disk:
-            write_input(disk, lines)
+            write_lines(disk / "in", lines)
             kills = Kills(disk, seed, traces)
             kills.run()
             found, number = answers(disk / "out")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import psutil
 
-from tests.support.traces import rank_number, ranks
+from tests.support.traces import ranks
 
 MEAN_PAUSE_SECONDS = 8.0
 STOP_SECONDS = (0.1, 3.0)
@@ -24,7 +24,7 @@ class Resources(NamedTuple):
 
 
 def rank_processes() -> list[psutil.Process]:
-    return sorted(ranks(os.getpid()), key=rank_number)
+    return [*ranks(os.getpid()).values()]
 
 
 def resources(processes: Sequence[psutil.Process]) -> Resources:

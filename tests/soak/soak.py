@@ -11,13 +11,13 @@ import os
 import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import psutil
 import sglang
 
+from bench.demo_job import CHECKPOINT
 from bench.record import record
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from tests.soak.load import Load, Request, make_requests, texts_of
@@ -25,7 +25,6 @@ from tests.soak.ranks import Resources, Stops, rank_processes, resources
 from tests.support.disturbances import Disturbances, disturbed
 from tests.support.engines import engine, statuses
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 DEVICE_MEMORY = "10MB"  # KV for a few requests: others wait
 DP_SIZE = 4
 NUM_REQUESTS = 300

@@ -12,13 +12,12 @@ from typing import Any
 
 import psutil
 
+from bench.demo_job import CHECKPOINT
 from examples.demo_model.arithmetic import few_shot_header, held_out_problems
 from sidp_sgl.batch.engine_process import PROGRAM
 from sidp_sgl.batch.request import CHAT, COMPLETIONS
-from tests.support.jobs import write_lines
 from tests.support.traces import ranks
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 MAX_TOKENS = 96
 DEVICE_MEMORY = "16MiB"
 WAIT_SECONDS = 300.0
@@ -51,13 +50,6 @@ def text_of(record: dict[str, Any]) -> str:
     return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
-def is_rank(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        # Of a process that is dead but still listed it is empty.
-        return "".join(process.cmdline()[:1]).startswith("sglang::scheduler")
-    return False
-
-
 class RunBatch:
     """One run of the command over FOLDER/in and FOLDER/out, in a session of its own."""
 
@@ -88,11 +80,11 @@ class RunBatch:
 
     def rank_processes(self) -> list[psutil.Process]:
         """The ranks of the engine that runs now, once they have their names."""
-        found = []
+        found: list[psutil.Process] = []
         for child in psutil.Process(self.process.pid).children():
-            with suppress(psutil.NoSuchProcess):  # gone meanwhile, or dead and still listed
+            with suppress(psutil.NoSuchProcess):
                 if PROGRAM in child.cmdline():
-                    found += [rank for rank in ranks(child.pid) if is_rank(rank)]
+                    found += ranks(child.pid).values()
         return found
 
     def wait(self) -> int:
@@ -108,7 +100,3 @@ def run_batch(folder: Path, *flags: str) -> Iterator[RunBatch]:
     finally:
         running.process.kill()
         running.process.wait()
-
-
-def write_input(folder: Path, lines: list[dict[str, Any]]) -> None:
-    write_lines(folder / "in", lines)

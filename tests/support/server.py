@@ -1,26 +1,51 @@
-"""A real `python -m sglang.launch_server` as a child process."""
+"""A real `python -m sglang.launch_server --sidp` with two ranks, as a child process."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 START_SECONDS = 300.0
 
 
 class Server:
-    """A running server; `post` and `get` return decoded JSON."""
+    """In a session of its own, as from a terminal: signals to its group reach nobody else.
 
-    def __init__(self, process: subprocess.Popen, port: int) -> None:
-        self.process = process
+    `post` and `get` return decoded JSON.
+    """
+
+    def __init__(self, model: Path, *arguments: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+        command += ["--port", str(port), "--device", "cpu", "--dp-size", "2", "--sidp"]
+        command += ["--log-level", "error", *arguments]
         self.url = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server has ended:\n{self.wait(0)}")
+            try:
+                with self.open("/health", timeout=5.0):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        raise TimeoutError(f"the server was not ready after {START_SECONDS:.0f} s")
+
+    def wait(self, seconds: float) -> str:
+        """Until it has ended; what it has written to stderr."""
+        return self.process.communicate(timeout=seconds)[1]
 
     def open(self, path: str, body: Any = None, timeout: float = 120.0) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -43,42 +68,3 @@ class Server:
         events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
         assert events[-1] == "[DONE]"
         return [json.loads(event) for event in events[:-1]]
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}")
-            try:
-                with self.open("/health", timeout=5.0):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        raise TimeoutError(f"the server was not ready after {START_SECONDS:.0f} s")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def server(*arguments: str, **environment: str) -> Iterator[Server]:
-    """Start with `arguments`, wait until it answers, terminate at the end."""
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sglang.launch_server", "--port", str(port), *arguments],
-        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
-    )
-    try:
-        running = Server(process, port)
-        running.wait_until_ready()
-        yield running
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(30)

@@ -4,6 +4,8 @@ import os
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -63,25 +65,48 @@ class Traces:
         assert not left
 
 
-def ranks(main_pid: int) -> list[psutil.Process]:
-    """The rank processes of an engine's main process, also before they have a name."""
-    try:
-        children = psutil.Process(main_pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-    return [child for child in children if child.ppid() != main_pid]
+@contextmanager
+def traced(**environment: str) -> Iterator[Traces]:
+    """Of what is started inside, with `environment`; what still runs at the end is killed."""
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        tempfile.TemporaryDirectory(prefix="traces-") as folder,  # short: sockets lie in it
+    ):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        traces = Traces(monkeypatch, Path(folder))
+        try:
+            yield traces
+        finally:
+            for process in traces.processes():
+                process.kill()
 
 
 def wait_for_ranks(main_pid: int, number: int, seconds: float) -> list[psutil.Process]:
-    """Until that many rank processes exist; they still import then."""
+    """Until that many rank processes exist; they still import then and have no names."""
     deadline = time.monotonic() + seconds
-    while len(found := ranks(main_pid)) < number:
+    while len(found := _grandchildren(main_pid)) < number:
         assert time.monotonic() < deadline, f"{found} after {seconds:.0f} s"
         assert psutil.pid_exists(main_pid), "the main process has ended"
         time.sleep(0.1)
     return found
 
 
-def rank_number(process: psutil.Process) -> int:
-    """DP rank of a rank process that has its name, `sglang::scheduler_DP1`."""
-    return int(process.cmdline()[0].rpartition("DP")[2])
+def ranks(main_pid: int) -> dict[int, psutil.Process]:
+    """Those of an engine's main process that have their names, `sglang::scheduler_DP1`, by rank."""
+    found = {}
+    for process in _grandchildren(main_pid):
+        with suppress(psutil.NoSuchProcess):  # gone meanwhile, or dead and still listed
+            name, _, number = "".join(process.cmdline()[:1]).rpartition("DP")
+            if name.startswith("sglang::scheduler"):
+                found[int(number)] = process
+    return dict(sorted(found.items()))
+
+
+def _grandchildren(pid: int) -> list[psutil.Process]:
+    """Ranks are the only processes below an engine's main process that are not its children."""
+    try:
+        below = psutil.Process(pid).children(recursive=True)
+        return [process for process in below if process.ppid() != pid]
+    except psutil.NoSuchProcess:
+        return []
