@@ -1,1 +1,1 @@
-"""The only code that imports SGLang; one file per place that is hooked."""
+"""The engine's only room that imports SGLang: every hook, and what SiDP does there."""
