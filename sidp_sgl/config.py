@@ -48,7 +48,10 @@ class SidpConfig:
     )
     sidp_placement: str = field(
         default="interleaved",
-        metadata=_flag("Owner of a block: whoever owns the fewest bytes so far, or contiguous runs.", choices=PLACEMENTS),
+        metadata=_flag(
+            "Owner of a block: whoever owns the fewest bytes so far, or contiguous runs.",
+            choices=PLACEMENTS,
+        ),
     )
     sidp_cache_slots: int | None = field(
         default=None,
