@@ -10,7 +10,7 @@ COMMANDS = {
     "plan": ("sidp_sgl.planner.plan_command", "is SiDP worth it, and with which settings?"),
     "calibrate": (
         "sidp_sgl.planner.calibrate.command",
-        "measure this machine for plan, simulator and engine",
+        "measure this machine for plan and simulator",
     ),
     "run-batch": (
         "sidp_sgl.batch.command",

@@ -48,12 +48,15 @@ class SidpConfig:
     )
     sidp_placement: str = field(
         default="interleaved",
-        metadata=_flag("Owner of a layer: l mod d, or contiguous runs.", choices=PLACEMENTS),
+        metadata=_flag(
+            "Owner of a block: whoever owns the fewest bytes so far, or contiguous runs.",
+            choices=PLACEMENTS,
+        ),
     )
     sidp_cache_slots: int | None = field(
         default=None,
         metadata=_flag(
-            "Slots per rank, each for one fetched layer (default: 3).",
+            "Slots per rank, each for one fetched block (default: 3).",
             type=int,
             metavar="N",
         ),

@@ -1,6 +1,6 @@
 """Discrete-event simulator: requests on groups of ranks, from one group to thousands of GPUs.
 
-Neither torch nor SGLang; `simulate` is the way in, docs/simulator.md tells what is modelled.
+Neither torch nor SGLang; `simulate` is the way in, docs/planner.md tells what is modelled.
 """
 
 from bench.simulator.job import Job, Lengths, Request, make_requests

@@ -1,7 +1,7 @@
 """`sidp-sgl run-batch`: reads the flags, checks the input, continues or begins the job.
 
-Room: batch. Exit codes: 0 every request has its record, 1 the same command can continue the job,
-2 the user has to change something, 128 + N ended by signal N.
+Exit codes: 0 every request has its record, 1 the same command can continue the job, 2 the user has
+to change something, 128 + N ended by signal N.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Finds custom_ids that come twice, in memory that does not grow with the input.
 
-Room: batch. Digests go to files by their first byte; equal ones meet in the same file, and one
-file after the other is read. 24 bytes of temporary disk space per line.
+Digests go to files by their first byte; equal ones meet in the same file, and one file after the
+other is read. 24 bytes of temporary disk space per line.
 """
 
 import tempfile

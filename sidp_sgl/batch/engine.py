@@ -1,8 +1,7 @@
 """The program of the engine's process: SGLang's own OpenAI handlers over `sgl.Engine`.
 
-Room: batch; the only file of it that imports sglang, and that only once it runs. A request goes
-through the same handlers as on SGLang's server, so that chat templates, sampling parameters,
-tools and log probabilities mean the same.
+Imports sglang only once it runs. A request goes through the same handlers as on SGLang's server, so
+that chat templates, sampling parameters, tools and log probabilities mean the same.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The engine as the job sees it: a process of its own, which may die without the job.
 
-Room: batch. Not in the job's process, because plain SGLang kills its main process when a rank
+Not in the job's process, because plain SGLang kills its main process when a rank
 raises, because a crash in native code takes a process along, and because a process that has had an
 engine keeps its memory, its CUDA context and its signal handlers. The job's process, which owns
 the output, never imports torch. Two ends of one ZMQ pair; the child sees by its standard input

@@ -1,4 +1,4 @@
-"""How a job ends before its time. Room: batch."""
+"""How a job ends before its time."""
 
 from sidp_sgl.errors import SidpError
 

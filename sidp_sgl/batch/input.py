@@ -1,6 +1,6 @@
 """The input file, read twice: once to check every line, once to run what is not done.
 
-Room: batch. One line is in memory at a time.
+One line is in memory at a time.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Runs what is not done: a bounded window of requests in the engine, a new engine for a dead one.
 
-Room: batch. Knows neither sglang nor processes: an engine is what `start` returns.
+Knows neither sglang nor processes: an engine is what `start` returns.
 """
 
 from collections import deque

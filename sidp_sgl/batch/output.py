@@ -1,6 +1,6 @@
 """The output file: whole records only, appended as they come, safe on disk group by group.
 
-Room: batch. A record is with the kernel as soon as it is appended, so that killing the process
+A record is with the kernel as soon as it is appended, so that killing the process
 loses nothing; what a power cut can lose is one group, and its requests run again. Whatever ends a
 write, the file is a sequence of whole records, or becomes one by cutting its end off.
 """

@@ -1,6 +1,6 @@
 """How far a job is, for who watches: a bar on a terminal, else a line now and then.
 
-Room: batch. Everything goes to stderr.
+Everything goes to stderr.
 """
 
 import sys

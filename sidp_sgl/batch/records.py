@@ -1,6 +1,6 @@
 """One line of the output: the result of a request, as OpenAI's Batch API writes it.
 
-Room: batch. Pure. A record's `id` holds the request's line in the input: that is how a job that
+Pure. A record's `id` holds the request's line in the input: that is how a job that
 continues knows what is done, in one bit per line and without a look at the input.
 """
 

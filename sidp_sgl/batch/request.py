@@ -1,6 +1,6 @@
 """One line of the input: an OpenAI Batch request, checked as far as that needs no model.
 
-Room: batch. Pure. What only the model can judge (a prompt that is too long, a parameter out of
+Pure. What only the model can judge (a prompt that is too long, a parameter out of
 range) becomes an error record when the request runs; what is checked here stops the job before it
 starts, since a file with such a line is not the one that the user meant.
 """

@@ -1,6 +1,6 @@
 """What of a job is done: one bit per line of the input.
 
-Room: batch. Pure.
+Pure.
 """
 
 from sidp_sgl.batch.records import Record

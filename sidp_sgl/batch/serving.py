@@ -1,7 +1,4 @@
-"""Inside the engine's process: requests from the job, answers to it, until either ends.
-
-Room: batch; beside engine.py the only file of it that imports sglang.
-"""
+"""Inside the engine's process: requests from the job, answers to it, until either ends."""
 
 import asyncio
 import logging

@@ -1,6 +1,6 @@
 """What a job's results depend on: kept beside the output, so that a job continues as it began.
 
-Room: batch. How the engine is spread over devices (ranks, --sidp, memory, schedule) may change
+How the engine is spread over devices (ranks, --sidp, memory, schedule) may change
 between two runs of one job; what a request is answered with may not.
 """
 

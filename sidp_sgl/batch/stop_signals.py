@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM, noticed between two steps of the job; a second one ends it at once.
 
-Room: batch. The output is whole at any moment, so the second one loses nothing but what is running.
+The output is whole at any moment, so the second one loses nothing but what is running.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""What the vendors say of GPUs: memory, bandwidth, arithmetic, links. Peaks, not what is reached.
-
-Sources stand in docs/planner.md.
-"""
+"""What vendors say of GPUs: memory, bandwidth, arithmetic, links. Peaks, not what is reached."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace

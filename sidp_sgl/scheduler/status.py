@@ -62,7 +62,7 @@ class WasStatus:
         ),
     ]
     resyncs: Annotated[
-        int, counter("Times that the prefetch began anew at a layer asked for out of order.")
+        int, counter("Times that the prefetch began anew at a block asked for out of order.")
     ]
     replays: Annotated[int, counter("WaS steps that were CUDA graphs.")]
 

@@ -1,1 +1,1 @@
-"""Data plane: placement, layout, loading, pool, slots, prefetch, transports."""
+"""Data plane: who owns which block, fetching blocks (WaS), sending rows to their owners (CaS)."""

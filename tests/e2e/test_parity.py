@@ -1,6 +1,6 @@
 """WaS computes what plain SGLang computes: greedy tokens and logprobs bit for bit.
 
-Pairwise coverage over architecture, ranks, layers, placement, order, slots and pool; the engines
+Pairwise coverage over architecture, ranks, layers, placement, slots and pool; the engines
 are shared by all checks. Weights differ in every layer and tensor, and the counters show that
 fetches happened and that placeholders stayed empty, so that equality can't come from nothing.
 """

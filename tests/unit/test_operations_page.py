@@ -12,7 +12,7 @@ PACKAGE = Path(sidp_sgl.__file__).parent
 PAGE = (PACKAGE.parent / "docs" / "operations.md").read_text()
 WORDS = " ".join(PAGE.replace("`", "").split())
 # Commands of their own, with pages of their own.
-ELSEWHERE = {"planner", "calibration", "batch"}
+ELSEWHERE = {"planner", "batch"}
 ERRORS = {
     *("SidpUsageError", "SidpError", "RankFailure", "RendezvousError", "TransportError"),
     "UpdateRejected",
@@ -45,7 +45,7 @@ def messages() -> Iterator[tuple[str, str]]:
                 ):
                     continue
                 text = longest_text(node.args[0])
-                if len(text) >= 8:
+                if len(text) >= MIN_LENGTH:
                     yield f"{path.relative_to(PACKAGE)}:{node.lineno}", text
 
 

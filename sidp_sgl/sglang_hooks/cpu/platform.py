@@ -54,7 +54,7 @@ class SidpCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "torch_native"
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
-        """Bytes of one rank's device: `SIDP_CPU_DEVICE_MEMORY`, else the machine's memory."""
+        """Bytes of one rank's device: `SIDP_CPU_DEVICE_MEMORY`, else a share of the machine's."""
         return cpu_memory.device_total_bytes()
 
     def get_current_memory_usage(self, device: torch.device | None = None) -> float:

@@ -1,7 +1,7 @@
 """Reads from safetensors what this rank needs and nothing else.
 
-Room: sglang_hooks. SGLang's own iterators read whole shards; these read tensor by tensor and skip
-what belongs to units of other ranks.
+SGLang's own iterators read whole shards; these read tensor by tensor and skip what belongs to units
+of other ranks.
 """
 
 import re

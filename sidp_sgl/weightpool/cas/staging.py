@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sidp_sgl.weightpool.alignment import align
 
-ROWS_PER_RANK = 64  # of one step; where batches are larger, streaming weights is cheaper
+ROWS_PER_RANK = 64  # of one step; a larger batch is never sent
 
 
 @dataclass(frozen=True)

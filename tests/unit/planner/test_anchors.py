@@ -1,7 +1,7 @@
 """Where the planner stands against the paper (SiDP, arXiv 2605.28095): reported and modelled.
 
 Bands are wide, for the model's constants are the same everywhere and nothing is tuned to these
-figures. `pytest -s` prints all of them; what lies outside is told in docs/planner.md.
+figures. `pytest -s` prints all of them; docs/benchmarks.md tells what lies outside.
 """
 
 import pytest
@@ -50,7 +50,7 @@ def test_a_model_that_only_fits_with_sidp() -> None:
     """Fig. 5: at TP1/DP8 vLLM cannot run the 70B at all, SiDP holds about 1.0 M tokens."""
     assert deployment("Llama-3.1-70B", "H20", 1, 8, REPLICAS).kv_tokens() == 0
     tokens = 8 * deployment("Llama-3.1-70B", "H20", 1, 8).kv_tokens()
-    # More than twice as many: see docs/planner.md.
+    # More than twice as many: see docs/benchmarks.md.
     assert 1 <= stands("Fig. 5 KV tokens, Llama-3.1-70B TP1/DP8", 1.0e6, tokens) <= 2.5
 
 
