@@ -10,6 +10,8 @@ import importlib.util
 import multiprocessing
 import os
 import select
+import signal
+import socket
 import sys
 import threading
 import time
@@ -236,7 +238,21 @@ def _answer(engine: "sglang.Engine", num_ranks: int, what: str, *given: Any) -> 
     return vars(run_job(engine, num_ranks, prompts, sampling, **options))
 
 
-def _end_with(pipe: Connection) -> None:
+def apart(main: Callable[[], int]) -> int:
+    """The exit code of `main`, which runs in a fork: when this process is killed, that one ends and
+    leaves nothing of its engine. To be called before SGLang is imported."""
+    near, far = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        near.close()
+        threading.Thread(target=_end_with, args=(far,), daemon=True).start()
+        return main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's reaches both
+    far.close()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _end_with(pipe: Connection | socket.socket) -> None:
     """End this process when the other end of `pipe` goes away, whatever it is doing then."""
     poll = select.poll()
     poll.register(pipe.fileno(), select.POLLRDHUP)

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import psutil
 from tqdm import tqdm
 
-from bench.offline import JobResult, run_job, shut_down, start_engine
+from bench.offline import JobResult, apart, run_job, shut_down, start_engine
 from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
 
 CHECKPOINT = Path(__file__).parent / "demo_model" / "checkpoint"
@@ -187,5 +187,5 @@ def mega(statuses: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
+        sys.exit(apart(main))
     sys.exit(130)

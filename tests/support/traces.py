@@ -62,7 +62,7 @@ class Traces:
         deadline = time.monotonic() + seconds
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not left
+        assert not left, left
 
 
 @contextmanager

@@ -175,3 +175,41 @@ def test_a_bench_that_is_killed_leaves_nothing(tree: Path, moment: str) -> None:
         bench.wait()
     assert eventually(lambda: not processes(tree))
     assert not semaphores(pids)
+
+
+APART = """
+import os, subprocess, sys, time
+from bench.offline import apart
+
+def main():
+    engine = subprocess.Popen(["sleep", "300"])
+    print(os.getpid(), engine.pid, flush=True)
+    if sys.argv[1] == "killed":
+        time.sleep(300)
+    engine.kill()
+    return 3
+
+sys.exit(apart(main))
+"""
+
+
+def run_apart(how: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", APART, how], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_runs_apart_ends_with_its_process(number: signal.Signals) -> None:
+    process, processes = run_apart("killed")
+    assert len(processes) == 2
+    process.send_signal(number)
+    assert process.wait(20) == -number
+    assert eventually(lambda: not any(each.is_running() for each in processes))
+
+
+def test_what_runs_apart_says_how_it_ended() -> None:
+    process, _ = run_apart("ends")
+    assert process.wait(20) == 3
