@@ -56,7 +56,9 @@ def run(running: sglang.Engine, requests: list[dict[str, Any]]) -> list[dict[str
     """All at once; results in the order of the requests."""
 
     async def everything() -> list[dict[str, Any]]:
-        calls = [running.async_generate(sampling_params=SAMPLING, **each) for each in requests]
+        calls = [
+            running.async_generate(**{"sampling_params": SAMPLING, **each}) for each in requests
+        ]
         return await asyncio.wait_for(asyncio.gather(*calls), 240)
 
     running.flush_cache()
@@ -139,9 +141,23 @@ def test_what_is_aborted_while_it_waits_is_answered(running: sglang.Engine) -> N
     assert dispatched(running)["queued"] == 0
 
 
-def test_requests_moved_from_rank_to_rank_meanwhile(running: sglang.Engine) -> None:
-    """The jobs above end on one rank before the other, which then takes over what waits."""
-    assert dispatched(running)["moved"] > 0
+def test_what_waits_moves_to_a_rank_that_runs_empty(running: sglang.Engine) -> None:
+    """Rank 0 is full for long: of four requests two wait there until rank 1 has done the others."""
+    before = dispatched(running)["moved"]
+    capacity = statuses(running)[0]["kv_capacity_tokens"]
+    filler = {
+        "prompt": few_shot_header(30, num_tokens_min=capacity // 2),
+        "sampling_params": {**SAMPLING, "max_new_tokens": capacity // 4, "ignore_eos": True},
+        "routed_dp_rank": 0,
+    }
+    problems = held_out_problems(4, seed=3)
+    waiting = [
+        {"prompt": few_shot_header(31 + n, num_tokens_min=capacity // 2) + problem}
+        for n, (problem, _) in enumerate(problems)
+    ]
+    results = run(running, [filler, *waiting])
+    assert texts(results)[1:] == [solve(problem) for problem, _ in problems]
+    assert dispatched(running)["moved"] > before
 
 
 def test_checkpoint_is_small_enough_to_keep_in_the_repository() -> None:

@@ -144,7 +144,9 @@ class Dispatcher:
             free = [n for n, rank in enumerate(self.ranks) if rank.can_take]
             if not free:
                 return
-            rank, queued = self._next(free)
+            # What a rank has given back finds its own prefix there, and would wait there again.
+            flowing = [n for n in free if not self.ranks[n].stalled]
+            rank, queued = self._next(flowing or free)
             self.send(rank, queued)
             yield rank, queued
 

@@ -148,3 +148,22 @@ def test_what_waits_at_a_full_rank_is_called_back_for_an_idle_one() -> None:
         dispatcher.take_back(rank, queued)
     assert {rank for rank, _ in dispatcher.assign()} == {1}
     assert dispatcher.moved == 2
+
+
+def test_what_was_called_back_does_not_follow_its_prefix_back() -> None:
+    """A rank with one waiting request could take a second, and has seen its prompt."""
+    dispatcher = Dispatcher(num_ranks=2)
+    full, idle = SimulatedRank(0), SimulatedRank(1)
+    for number in range(3):
+        queued = request(number, [number] * 150, 40)
+        dispatcher.send(0, queued)
+        full.receive(queued)
+    full.step()
+    for _ in range(2):
+        dispatcher.update(full.state())
+        dispatcher.update(idle.state())
+    ((rank, count),) = dispatcher.recalls()
+    for queued in full.give_back(count):
+        dispatcher.take_back(rank, queued)
+    dispatcher.update(full.state())
+    assert [rank for rank, _ in dispatcher.assign()] == [1]
