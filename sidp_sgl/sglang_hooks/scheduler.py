@@ -37,6 +37,7 @@ class SchedulerHooks:
         return [
             Hook(f"{_SCHEDULER}.__init__", self._init, HookType.AROUND),
             Hook(f"{_SCHEDULER}.run_event_loop", self._run_event_loop, HookType.AROUND),
+            Hook(f"{_SCHEDULER}._poll_timeout_aborts", self._waiting.pick, HookType.AFTER),
             Hook(f"{_SCHEDULER}.ingest_requests", self._after_ingest, HookType.AFTER),
             Hook(f"{_SCHEDULER}.run_batch", self._steps.run_batch, HookType.AROUND),
         ]
@@ -47,6 +48,7 @@ class SchedulerHooks:
             if not self._pool.is_started:
                 raise SidpError("--sidp: SGLang has loaded the model past the weight pool")
             self.scheduler = scheduler
+            self._waiting.handle_give_back(scheduler)
             self._steps.calibrate(scheduler)
             self._reports.pooled()
 
@@ -56,7 +58,7 @@ class SchedulerHooks:
 
     def _after_ingest(self, messages: list[Any], scheduler: Any, *_: Any, **__: Any) -> list[Any]:
         """Once per iteration, also where the rank is idle: an idle owner serves rows."""
-        self._waiting.take(messages, scheduler)  # may give some back: the state tells what is left
+        self._waiting.count(messages, scheduler)
         self._steps.publish(scheduler)
         if self._metrics is not None:
             self._metrics.publish_each_second(scheduler.metrics_collector.labels)

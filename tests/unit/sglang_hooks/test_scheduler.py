@@ -21,7 +21,9 @@ class Rank:
         self.log: list[Any] = []
         self.pool: Any = SimpleNamespace(is_started=True)
         reports: Any = SimpleNamespace(errors=self.errors, pooled=self.note("pooled"))
-        waiting: Any = SimpleNamespace(take=self.note("take"))
+        waiting: Any = SimpleNamespace(
+            count=self.note("count"), pick=self.note("pick"), handle_give_back=self.note("handle")
+        )
         steps: Any = SimpleNamespace(
             calibrate=self.note("calibrate"), publish=self.note("publish"), run_batch=self.note("")
         )
@@ -52,6 +54,7 @@ def test_a_rank_has_started_when_it_has_measured() -> None:
     rank.hooks._init(rank.note("init"), SCHEDULER, "arguments", port_args="ports")
     assert rank.log == [
         ("init", SCHEDULER, "arguments", "ports"),
+        ("handle", SCHEDULER),
         ("calibrate", SCHEDULER),
         ("pooled",),
     ]
@@ -67,11 +70,11 @@ def test_a_rank_without_a_pool_has_not_started() -> None:
 
 
 @pytest.mark.parametrize("has_metrics", [True, False])
-def test_requests_are_given_back_before_the_state_is_published(has_metrics: bool) -> None:
+def test_requests_are_counted_before_the_state_is_published(has_metrics: bool) -> None:
     rank = Rank(has_metrics=has_metrics)
     assert rank.hooks._after_ingest(["request"], SCHEDULER, stop_at_pause=False) == ["request"]
     assert rank.log == [
-        ("take", ["request"], SCHEDULER),
+        ("count", ["request"], SCHEDULER),
         ("publish", SCHEDULER),
         *([("metrics", "labels")] if has_metrics else []),
     ]

@@ -9,6 +9,7 @@ import zmq
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.utils import TypeBasedDispatcher
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.messages import RankState
@@ -129,8 +130,25 @@ def straw_scheduler(names: list[str]) -> Any:
     ]
     released: list[Any] = []
     return SimpleNamespace(
-        waiting_queue=queue, released=released, _release_aborted_request=released.append
+        waiting_queue=queue,
+        released=released,
+        _release_aborted_request=released.append,
+        _request_dispatcher=TypeBasedDispatcher([]),
     )
+
+
+def iterate(scheduler: Any, ranks: list[WaitingRequests], come: list[Any], abort: str = "") -> None:
+    """One iteration of the first of a DP rank's TP ranks; what comes lies in the queue already."""
+    picked = ranks[0].pick([], scheduler)
+    scheduler.waiting_queue = [each for each in scheduler.waiting_queue if each.rid != abort]
+    queue = list(scheduler.waiting_queue)
+    for rank in ranks:
+        scheduler.waiting_queue = list(queue)
+        rank.handle_give_back(scheduler)
+        for message in picked:
+            scheduler._request_dispatcher(message)
+        scheduler._request_dispatcher = TypeBasedDispatcher([])
+        rank.count(come, scheduler)
 
 
 def waiting_requests(engine_name: str) -> tuple[WaitingRequests, list[int]]:
@@ -156,11 +174,11 @@ def test_a_rank_gives_back_the_latest_that_have_not_begun(
     for each in sent:
         send(dispatch, controller, each)
     scheduler = straw_scheduler(names)
-    rank.take(sent, scheduler)
+    iterate(scheduler, [rank], sent)
     assert rank.received == 5
     dispatch._on_message(controller, AbortReq(rid="second"))  # it reaches no one that has it
     recalls.append(2)
-    rank.take([], scheduler)
+    iterate(scheduler, [rank], [])
     assert [each.rid for each in scheduler.waiting_queue] == ["first", "wanted here", "begun"]
     assert [each.rid for each in scheduler.released] == ["third", "second"]
     assert rank.received == 3 and not recalls
@@ -174,6 +192,28 @@ def test_a_rank_gives_back_the_latest_that_have_not_begun(
     assert [entry[1] for entry in controller.log] == ["second", "AbortReq"]
 
 
+def test_tp_ranks_let_go_of_the_same_requests_and_the_first_sends_them(
+    dispatch: DispatchLoop, controller: Controller, engine_name: str
+) -> None:
+    rank, recalls = waiting_requests(engine_name)
+    follower = WaitingRequests(1, None, engine_name)
+    names = ["first", "second", "third", "fourth"]
+    sent = [request(name) for name in names]
+    for each in sent:
+        send(dispatch, controller, each)
+    scheduler = straw_scheduler(names)
+    iterate(scheduler, [rank, follower], sent)
+    recalls.append(3)
+    iterate(scheduler, [rank, follower], [], abort="third")  # after it was picked
+    assert [each.rid for each in scheduler.waiting_queue] == ["first"], "of the last TP rank"
+    assert [each.rid for each in scheduler.released] == ["fourth", "second"] * 2
+    assert rank.received == follower.received == 2
+    while dispatch.dispatcher.moved < 2:
+        assert dispatch._returns.poll(10_000, zmq.POLLIN)
+        dispatch._take_returns(controller)
+    assert not dispatch._returns.poll(50, zmq.POLLIN), "once each"
+
+
 def test_an_abort_means_nobody_who_comes_later(
     dispatch: DispatchLoop, controller: Controller, engine_name: str
 ) -> None:
@@ -183,9 +223,9 @@ def test_an_abort_means_nobody_who_comes_later(
     rank, recalls = waiting_requests(engine_name)
     late = request("soak-90")
     send(dispatch, controller, late)
-    rank.take([late], straw_scheduler([]))
+    iterate(straw_scheduler([]), [rank], [late])
     recalls.append(1)
-    rank.take([], straw_scheduler(["soak-90"]))
+    iterate(straw_scheduler(["soak-90"]), [rank], [])
     assert dispatch._returns.poll(2000, zmq.POLLIN)
     controller.log.clear()
     dispatch._take_returns(controller)
