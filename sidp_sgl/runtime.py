@@ -42,7 +42,7 @@ from sidp_sgl.sglang_hooks.status.server_info import ServerInfo
 from sidp_sgl.sglang_hooks.status.updates import UpdateHooks
 from sidp_sgl.sglang_hooks.step.rank_steps import RankSteps
 from sidp_sgl.weightpool.cas.endpoint import CasEndpoint, no_counters
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, capacity_rows, make_staging
+from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.pool import WeightPool
@@ -118,7 +118,6 @@ class Rank:
             self.dp_size,
             planned.asked(self.dp_rank),
             config.group,
-            capacity_rows(self.dp_size),
             ROWS_PER_RANK,
         )
         self.cas: CasEndpoint | None = None

@@ -15,8 +15,7 @@ from sidp_sgl.scheduler.modes.step_modes import StepModes
 
 
 class ControlPlane:
-    """`owners`: the ranks that this one needs in a CaS step. `capacity_rows` of staging are leased
-    to others, `max_rows` is what this rank may ask for."""
+    """`owners`: the ranks that this one needs in a CaS step. `max_rows`: of a rank's CaS step."""
 
     def __init__(
         self,
@@ -25,14 +24,13 @@ class ControlPlane:
         num_ranks: int,
         owners: Sequence[int],
         engine: str,
-        capacity_rows: int,
         max_rows: int,
     ) -> None:
         self.rank = rank
         self.own_batch_size = 0  # kept up to date by the scheduler
         self.share = ServiceShare()
         self.lease_server = LeaseServer(
-            rank, num_ranks, engine, LeaseLedger(capacity_rows), self._refusal
+            rank, num_ranks, engine, LeaseLedger(max_rows), self._refusal
         )
         self.controller = ControllerLink(rank, engine)
         threshold = config.sidp_batch_threshold

@@ -16,10 +16,10 @@ class Rank:
     """One rank: its server and its client. `refusal`: why it does not serve, if so."""
 
     def __init__(
-        self, rank: int, num_ranks: int, engine: str, owners: list[int], capacity_rows: int
+        self, rank: int, num_ranks: int, engine: str, owners: list[int], rows_per_rank: int
     ) -> None:
         self.refusal: str | None = None
-        self.ledger = LeaseLedger(capacity_rows)
+        self.ledger = LeaseLedger(rows_per_rank)
         self.server = LeaseServer(
             rank, num_ranks, engine, self.ledger, refusal=lambda: self.refusal
         )
@@ -43,12 +43,12 @@ def ranks_in(
     engine: str,
     num_ranks: int,
     *,
-    capacity_rows: int = 64,
+    rows_per_rank: int = 64,
     is_listening: Callable[[int], bool] = lambda rank: True,
 ) -> Iterator[list[Rank]]:
     """Every rank needs all others. The threads of those that are not listening are not started."""
     ranks = [
-        Rank(n, num_ranks, engine, [o for o in range(num_ranks) if o != n], capacity_rows)
+        Rank(n, num_ranks, engine, [o for o in range(num_ranks) if o != n], rows_per_rank)
         for n in range(num_ranks)
     ]
     for number, rank in enumerate(ranks):

@@ -4,26 +4,26 @@ Messages may come late, twice, in any order or never. A rank's step numbers
 increase, so whatever speaks of a step tells that all older ones are over.
 """
 
-from collections.abc import Iterator
-
 from sidp_sgl.scheduler.messages import LeaseDecline, LeaseGrant, LeaseRelease, LeaseRequest
 
 STALE = "stale"
 NO_ROWS = "no rows"
 TOO_MANY_ROWS = "too many rows"
-STAGING_FULL = "staging full"
 Answer = LeaseGrant | LeaseDecline
 
 
 class LeaseLedger:
-    """Leases on `capacity_rows` staging rows, at most one per requesting rank. For one thread.
+    """Leases on staging rows, at most one per requesting rank. For one thread.
+
+    Every requester has `rows_per_rank` rows of its own, one behind the other: TP ranks above 0 may
+    still be in a step whose lease TP rank 0 has given back, and nobody else's rows may come there.
 
     A rank that was granted a step, and has neither released it nor begun a newer one, holds the
     lease of that step here: nothing else ends it.
     """
 
-    def __init__(self, capacity_rows: int) -> None:
-        self.capacity_rows = capacity_rows
+    def __init__(self, rows_per_rank: int) -> None:
+        self.rows_per_rank = rows_per_rank
         self._leases: dict[int, LeaseGrant] = {}  # by requesting rank
         self._answered: dict[int, tuple[LeaseRequest, Answer]] = {}  # by rank: its latest step
         self._closed: dict[int, int] = {}  # by rank: its latest step that was released
@@ -45,30 +45,12 @@ class LeaseLedger:
         return answer
 
     def _answer(self, owner: int, message: LeaseRequest, refusal: str | None) -> Answer:
-        offset = None
-        if refusal is None and 1 <= message.rows <= self.capacity_rows:
-            offset = self._first_fit(message.rows)
-        if offset is not None:
-            return LeaseGrant(owner, message.rank, message.step, offset, message.rows)
-        reason = refusal or (
-            NO_ROWS
-            if message.rows < 1
-            else TOO_MANY_ROWS
-            if message.rows > self.capacity_rows
-            else STAGING_FULL
-        )
-        return LeaseDecline(owner, message.rank, message.step, reason)
-
-    def _first_fit(self, rows: int) -> int | None:
-        return next((first for first, end in self._gaps() if end - first >= rows), None)
-
-    def _gaps(self) -> Iterator[tuple[int, int]]:
-        """Free rows as (first, end), in order."""
-        first = 0
-        for lease in sorted(self._leases.values(), key=lambda lease: lease.offset):
-            yield first, lease.offset
-            first = lease.offset + lease.rows
-        yield first, self.capacity_rows
+        rank, rows = message.rank, message.rows
+        if refusal is None and 1 <= rows <= self.rows_per_rank:
+            first = (rank - (rank > owner)) * self.rows_per_rank
+            return LeaseGrant(owner, rank, message.step, first, rows)
+        reason = refusal or (NO_ROWS if rows < 1 else TOO_MANY_ROWS)
+        return LeaseDecline(owner, rank, message.step, reason)
 
     def release(self, message: LeaseRelease) -> None:
         """End the rank's lease unless it is of a newer step; a request that comes later is stale.

@@ -18,12 +18,12 @@ def threads_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_are_leased_when_all_owners_have_granted(engine_name: str) -> None:
     with ranks_in(engine_name, 3) as ranks:
         assert ranks[0].client.acquire(4, AMPLE_SECONDS) == {1: 0, 2: 0}
-        assert ranks[1].client.acquire(6, AMPLE_SECONDS) == {0: 0, 2: 4}, "beside the other's"
-        assert ranks[2].ledger.leases() == {0: (1, 0, 4), 1: (1, 4, 6)}
+        assert ranks[1].client.acquire(6, AMPLE_SECONDS) == {0: 0, 2: 64}, "rows of its own"
+        assert ranks[2].ledger.leases() == {0: (1, 0, 4), 1: (1, 64, 6)}
         assert ranks[0].client.negotiation.granted == 1
         assert ranks[0].client.silences == 0
         ranks[0].client.release()
-        wait_until(lambda: ranks[2].ledger.leases() == {1: (1, 4, 6)})
+        wait_until(lambda: ranks[2].ledger.leases() == {1: (1, 64, 6)})
         assert ranks[1].ledger.leases() == {}
 
 
@@ -41,14 +41,12 @@ def test_a_decline_ends_the_wait_and_frees_what_others_granted(engine_name: str)
         assert (ranks[0].client.negotiation.declined, ranks[0].client.silences) == (1, 0)
 
 
-def test_a_full_staging_area_is_a_decline_with_its_reason(engine_name: str) -> None:
-    with ranks_in(engine_name, 3, capacity_rows=8) as ranks:
-        assert ranks[0].client.acquire(6, AMPLE_SECONDS) is not None
-        assert ranks[1].client.acquire(4, AMPLE_SECONDS) is None
+def test_too_many_rows_are_a_decline_with_its_reason(engine_name: str) -> None:
+    with ranks_in(engine_name, 3, rows_per_rank=8) as ranks:
+        assert ranks[0].client.acquire(8, AMPLE_SECONDS) is not None
         assert ranks[1].client.acquire(9, AMPLE_SECONDS) is None
         # The first decline decides: the other owner's may still be on its way.
-        both = {"staging full": 1, "too many rows": 1}
-        wait_until(lambda: ranks[2].server.declines == both)
+        wait_until(lambda: ranks[2].server.declines == {"too many rows": 1})
         wait_until(lambda: ranks[0].server.declines == {"too many rows": 1})
 
 
@@ -92,7 +90,7 @@ def test_a_late_grant_is_given_back_where_its_release_was_lost(engine_name: str)
 
 
 def test_a_lease_that_was_never_released_ends_with_the_ranks_next_request(engine_name: str) -> None:
-    with ranks_in(engine_name, 2, capacity_rows=8) as ranks:
+    with ranks_in(engine_name, 2, rows_per_rank=8) as ranks:
         ranks[0].loses_releases = True
         for step in range(1, 6):
             assert ranks[0].client.acquire(5, AMPLE_SECONDS) == {1: 0}
@@ -101,14 +99,14 @@ def test_a_lease_that_was_never_released_ends_with_the_ranks_next_request(engine
 
 
 def test_a_rank_that_ends_without_a_release_holds_its_own_rows_only(engine_name: str) -> None:
-    with ranks_in(engine_name, 3, capacity_rows=8) as ranks:
+    with ranks_in(engine_name, 3, rows_per_rank=8) as ranks:
         assert ranks[0].client.acquire(5, AMPLE_SECONDS) is not None
         ranks[0].client.close()
         ranks[0].server.close()
         assert ranks[1].client.acquire(3, 0.05) is None, "the rank itself is silent"
         assert ranks[2].ledger.leases()[0] == (1, 0, 5)
         wait_until(lambda: list(ranks[2].ledger.leases()) == [0])
-        assert "staging full" not in ranks[2].server.declines
+        assert not ranks[2].server.declines
 
 
 def test_rows_that_were_asked_for_ahead_are_used_if_they_suffice(engine_name: str) -> None:
@@ -125,7 +123,7 @@ def test_rows_that_were_asked_for_ahead_are_used_if_they_suffice(engine_name: st
 
 def test_a_rank_that_needs_nobody_waits_for_nobody(engine_name: str) -> None:
     with ranks_in(engine_name, 2, is_listening=lambda rank: False):
-        rank = Rank(2, 3, engine_name, owners=[], capacity_rows=8)
+        rank = Rank(2, 3, engine_name, owners=[], rows_per_rank=8)
         assert rank.client.acquire(4, 0.0) == {}
         assert rank.sent == []
         rank.client.close()

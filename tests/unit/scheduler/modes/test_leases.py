@@ -1,4 +1,4 @@
-"""Leases on staging rows: one per rank, never two on one row, whatever comes in which order."""
+"""Leases on staging rows: one per rank, in rows of its own, whatever comes in which order."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,34 +21,34 @@ def ask(
     return answer.reason
 
 
-def assert_sound(ledger: LeaseLedger) -> None:
-    """No two leases share a row, and all lie in the staging area."""
-    spans = sorted((offset, offset + rows) for _, offset, rows in ledger.leases().values())
-    ends = [0, *(end for _, end in spans)]
-    assert all(before <= first for before, (first, _) in zip(ends, spans, strict=False))
-    assert ends[-1] <= ledger.capacity_rows
-    assert all(first < end for first, end in spans)
+def assert_sound(ledger: LeaseLedger, owner: int = OWNER) -> None:
+    """Every lease lies in the rows that are its rank's own, of (ranks - 1) times as many."""
+    for rank, (_, offset, rows) in ledger.leases().items():
+        place = rank if rank < owner else rank - 1
+        assert offset == place * ledger.rows_per_rank
+        assert 1 <= rows <= ledger.rows_per_rank
 
 
-def test_the_first_gap_that_fits_is_leased() -> None:
+def test_every_rank_has_rows_of_its_own() -> None:
+    """Also when it asks anew: TP ranks above 0 may be in the step before still."""
     ledger = LeaseLedger(10)
-    assert [ask(ledger, rank, 1, 3) for rank in range(3)] == [0, 3, 6]
-    assert ask(ledger, 3, 1, 2) == "staging full"
-    ledger.release(LeaseRelease(1, 1))
-    assert ask(ledger, 3, 2, 2) == 3
-    assert ask(ledger, 1, 2, 2) == "staging full", "two free rows, but not beside each other"
-    assert ask(ledger, 1, 3, 1) == 5
-    assert ledger.leases() == {0: (1, 0, 3), 2: (1, 6, 3), 3: (2, 3, 2), 1: (3, 5, 1)}
+    for step in (1, 2):
+        assert [ask(ledger, rank, step, 3) for rank in range(3)] == [0, 10, 20]
+    ledger.release(LeaseRelease(1, 2))
+    assert ask(ledger, 3, 1, 10) == 30
+    assert ask(ledger, 3, 2, 11) == "too many rows"
+    assert ledger.leases() == {0: (2, 0, 3), 2: (2, 20, 3)}
+    assert ledger.request(1, LeaseRequest(2, 3, 4)) == LeaseGrant(1, 2, 3, 10, 4)
 
 
 def test_a_duplicate_request_gets_the_same_grant() -> None:
     ledger = LeaseLedger(10)
     assert ask(ledger, 0, 1, 4) == 0
-    assert ask(ledger, 1, 1, 4) == 4
+    assert ask(ledger, 1, 1, 4) == 10
     ledger.release(LeaseRelease(0, 1))
-    assert ask(ledger, 1, 1, 4) == 4
-    assert ask(ledger, 1, 1, 4, refusal="busy") == 4, "it was granted already"
-    assert ledger.leases() == {1: (1, 4, 4)}
+    assert ask(ledger, 1, 1, 4) == 10
+    assert ask(ledger, 1, 1, 4, refusal="busy") == 10, "it was granted already"
+    assert ledger.leases() == {1: (1, 10, 4)}
 
 
 def test_a_duplicate_of_a_declined_request_is_declined() -> None:
@@ -122,9 +122,9 @@ def test_a_release_ends_an_older_steps_lease() -> None:
     ),
 )
 def test_leases_are_sound_and_end_only_by_their_own_rank(
-    capacity: int, events: list[tuple[bool, int, int, int, str | None]]
+    rows_per_rank: int, events: list[tuple[bool, int, int, int, str | None]]
 ) -> None:
-    ledger = LeaseLedger(capacity)
+    ledger = LeaseLedger(rows_per_rank)
     outcomes: dict[LeaseRequest, LeaseGrant | LeaseDecline] = {}
     for is_request, rank, step, rows, refusal in events:
         before = ledger.leases()
