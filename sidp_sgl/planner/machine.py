@@ -45,7 +45,7 @@ class Machine:
     # What only some machines have; nothing of it is assumed of a GPU that was not measured.
     request_seconds: float = 0.0  # of a step, for each request: sampling, bookkeeping
     attention_request_seconds: float = 0.0  # of a layer, for each request, beyond its bytes
-    row_bandwidth: float = 0.0  # of rows sent in CaS, which no pace slows down; 0: the link's
+    row_bandwidth: float = 0.0  # of rows sent or summed, which no pace slows down; 0: the link's
     copy_share: float = 0.0  # of the compute's time, lost while a fetch is under way
 
     @classmethod

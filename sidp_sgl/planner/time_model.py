@@ -126,7 +126,8 @@ class RankTimes:
             return 0.0
         num_bytes = rows * self.shape.hidden_size * _ACTIVATION
         moved = 2 * (num_gpus - 1) / num_gpus * num_bytes
-        return self.machine.collective_seconds + moved / self.machine.link_bandwidth
+        bandwidth = self.machine.row_bandwidth or self.machine.link_bandwidth
+        return self.machine.collective_seconds + moved / bandwidth
 
     def other_seconds(self, rows: float) -> float:
         """Norms, rotary embedding, activation and the attention's all-reduce, of one layer."""

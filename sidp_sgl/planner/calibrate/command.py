@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.calibrate.device import hardware_name, num_gpus
 from sidp_sgl.planner.calibrate.engine_steps import measure_steps
-from sidp_sgl.planner.calibrate.fit import ASSUMED, fit_machine
+from sidp_sgl.planner.calibrate.fit import fit_machine
 from sidp_sgl.planner.calibrate.group import measure_ranks
 from sidp_sgl.planner.calibrate.points import Measurements
 from sidp_sgl.planner.machine import Machine
@@ -67,7 +67,7 @@ def calibrate(
     link_gbps: float | None,
 ) -> dict[str, Any]:
     """What the file holds: the machine, and all that it was made of. Takes a minute or two."""
-    print(f"{num_ranks} ranks: GEMMs, fetches, calls", file=sys.stderr)
+    print(f"{num_ranks} ranks: GEMMs, fetches, calls, sums", file=sys.stderr)
     ranks = measure_ranks(device, shape, num_ranks, link_gbps)
     print("decode steps of SGLang", file=sys.stderr)
     steps, memory_bytes = measure_steps(config, num_ranks, device)
@@ -79,6 +79,7 @@ def calibrate(
         "fetches": ranks.fetches,
         "overlaps": ranks.overlaps,
         "calls": ranks.calls,
+        "collectives": ranks.collectives,
         "steps": steps,
     }
     return {
@@ -93,7 +94,6 @@ def calibrate(
         "device": device,
         "link_gbps": link_gbps,
         "model": asdict(shape),
-        "assumed": list(ASSUMED),
         "copy_rate": ranks.copy_rate,
         "points": {name: [point._asdict() for point in each] for name, each in points.items()},
     }

@@ -13,6 +13,7 @@ from scipy.optimize import least_squares, nnls
 
 from sidp_sgl.planner.calibrate.points import (
     CallPoint,
+    CollectivePoint,
     FetchPoint,
     GemmPoint,
     Measurements,
@@ -21,12 +22,11 @@ from sidp_sgl.planner.calibrate.points import (
     num_layers_of,
 )
 from sidp_sgl.planner.group_times import GroupTimes, Pooling
-from sidp_sgl.planner.machine import COLLECTIVE_SECONDS, Machine
+from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import ModelShape
 from sidp_sgl.planner.time_model import RankTimes, Work
 from sidp_sgl.planner.weights import Split, kv_bytes
 
-ASSUMED = ("collective_seconds",)  # not measured: SiDP has no tensor parallelism yet
 _MOST_SHARE = 0.95
 _FAST = 1e30
 
@@ -46,13 +46,15 @@ def fit_machine(measured: Measurements) -> Machine:
         link_bandwidth=link,
         kernel_seconds=kernel,
         layer_seconds=0.0,
-        collective_seconds=COLLECTIVE_SECONDS,
+        collective_seconds=0.0,
         copy_seconds=copy,
         round_trip_seconds=0.0,
         step_seconds=0.0,
         row_bandwidth=max(points.copy_rate, link),
         copy_share=fit_copy_share(points.overlaps),
     )
+    collective = fit_collectives(points.collectives, measured.shape, machine, measured.num_ranks)
+    machine = replace(machine, collective_seconds=collective)
     machine = fit_steps(measured.steps, measured.shape, machine)
     shape = replace(measured.shape, num_layers=num_layers_of(measured.num_ranks))
     round_trip = fit_round_trip(points.calls, shape, machine, measured.num_ranks)
@@ -103,6 +105,16 @@ def fit_copy_share(points: Sequence[OverlapPoint]) -> float:
     _check(points, "overlaps")
     shares = [(p.beside - p.alone) / min(p.fetches, p.beside) for p in points]
     return min(max(median(shares), 0.0), _MOST_SHARE)
+
+
+def fit_collectives(
+    points: Sequence[CollectivePoint], shape: ModelShape, machine: Machine, num_ranks: int
+) -> float:
+    """What a sum over TP ranks takes beyond its bytes, as the planner has them."""
+    _check(points, "collectives")
+    times = RankTimes(shape, machine, Split())
+    left = [p.seconds - times.collective_seconds(p.rows, num_ranks) for p in points]
+    return max(0.0, median(left))
 
 
 def fit_steps(points: Sequence[StepPoint], shape: ModelShape, machine: Machine) -> Machine:

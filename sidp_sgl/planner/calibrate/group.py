@@ -5,6 +5,7 @@ A rank that fails ends all, with its reason; every wait is bounded.
 
 import multiprocessing
 import os
+import tempfile
 import time
 import traceback
 import uuid
@@ -18,6 +19,7 @@ from unittest.mock import patch
 from sidp_sgl.errors import SidpError
 from sidp_sgl.planner.calibrate.points import (
     CallPoint,
+    CollectivePoint,
     FetchPoint,
     GemmPoint,
     OverlapPoint,
@@ -46,6 +48,7 @@ def measure_ranks(
     pipes, processes = [], []
     # Every thread of a rank asks for its number of threads anew: as in an engine, none has more
     # than the rank has cores.
+    folder = tempfile.TemporaryDirectory(prefix="sidp-calibration-")
     with patch.dict(os.environ, OMP_NUM_THREADS=str(len(cores[0]))):
         for rank in range(num_ranks):
             task = RankTask(
@@ -56,6 +59,7 @@ def measure_ranks(
                 tuple(cores[rank]),
                 link_gbps,
                 meeting,
+                os.path.join(folder.name, "store"),
                 point_seconds,
             )
             pipe, child = context.Pipe()
@@ -70,6 +74,7 @@ def measure_ranks(
         for process in processes:
             process.kill()
             process.join()
+        folder.cleanup()
 
 
 def _run(task: RankTask, barrier: Barrier, pipe: Connection) -> None:
@@ -113,6 +118,7 @@ def mean_points(ranks: Sequence[RankPoints]) -> RankPoints:
         fmean(rank.copy_rate for rank in ranks),
         mean(OverlapPoint, [rank.overlaps for rank in ranks]),
         mean(CallPoint, [rank.calls for rank in ranks]),
+        mean(CollectivePoint, [rank.collectives for rank in ranks]),
     )
 
 

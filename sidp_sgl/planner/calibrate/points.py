@@ -47,6 +47,13 @@ class CallPoint(NamedTuple):
     sent: float
 
 
+class CollectivePoint(NamedTuple):
+    """The sum of so many rows over all ranks, as if they were the TP ranks of one."""
+
+    rows: int
+    seconds: float
+
+
 class StepPoint(NamedTuple):
     """A decode step of SGLang: a model of so many layers, `batch` requests of `context` tokens."""
 
@@ -68,6 +75,7 @@ class RankPoints:
     copy_rate: float
     overlaps: list[OverlapPoint]
     calls: list[CallPoint]
+    collectives: list[CollectivePoint]
 
 
 @dataclass(frozen=True)

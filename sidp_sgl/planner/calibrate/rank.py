@@ -20,6 +20,7 @@ from sidp_sgl.planner.calibrate.device import Device, make_device
 from sidp_sgl.planner.calibrate.layers import Compute, Decoder, Fetches, SentRows
 from sidp_sgl.planner.calibrate.points import (
     CallPoint,
+    CollectivePoint,
     FetchPoint,
     GemmPoint,
     OverlapPoint,
@@ -36,12 +37,15 @@ _REPEATS = 4
 _GEMM_BYTES = 1 << 26  # of the copies of one weight, at least: more than caches hold
 _OVERLAP_BATCHES = (4, 16)
 _CALL_ROWS = (1, 4, 16)
+_COLLECTIVE_ROWS = (1, 16, 64)
+_COLLECTIVES = 20  # in a row, as in a step
 _COVER = 1.5  # times its fetches, that a pass computes: they are hidden then
 
 
 @dataclass(frozen=True)
 class RankTask:
-    """What rank `rank` of `num_ranks` measures; `meeting` is a name that all ranks give alike."""
+    """What rank `rank` of `num_ranks` measures; `meeting` is a name that all ranks give alike,
+    `store` a file in which they may meet."""
 
     device: str
     shape: ModelShape
@@ -50,6 +54,7 @@ class RankTask:
     cores: tuple[int, ...]
     link_gbps: float | None
     meeting: str
+    store: str
     point_seconds: float  # how long a point is measured, several times over
 
 
@@ -72,7 +77,8 @@ class RankMeasuring:
         calls = [self._call(rows) for rows in _CALL_ROWS]
         pass_seconds = self._fetched_layers * fetches[1].seconds
         overlaps = [self._overlap(block, batch, pass_seconds) for batch in _OVERLAP_BATCHES]
-        return RankPoints(gemms, fetches, block / unpaced, overlaps, calls)
+        collectives = self._collectives()
+        return RankPoints(gemms, fetches, block / unpaced, overlaps, calls, collectives)
 
     def _together(self) -> None:
         try:
@@ -218,3 +224,26 @@ class RankMeasuring:
         finally:
             sent.close()
         return CallPoint(num_rows, local, away)
+
+    def _collectives(self) -> list[CollectivePoint]:
+        task, points = self.task, []
+        torch.distributed.init_process_group(
+            "nccl" if task.device == "cuda" else "gloo",
+            init_method=f"file://{task.store}",
+            rank=task.rank,
+            world_size=task.num_ranks,
+        )
+        try:
+            for rows in _COLLECTIVE_ROWS:
+                data = self._random(rows, task.shape.hidden_size)
+
+                def run(data: torch.Tensor = data) -> None:
+                    for _ in range(_COLLECTIVES):
+                        torch.distributed.all_reduce(data)
+
+                (seconds,) = self._times(run, passes=2)  # as many on every rank
+                points.append(CollectivePoint(rows, seconds / _COLLECTIVES))
+            self._together()
+        finally:
+            torch.distributed.destroy_process_group()
+        return points

@@ -45,6 +45,8 @@ def test_two_ranks_measure_a_paced_link_and_a_machine_follows() -> None:
         assert overlap.fetches > num_layers_of(2) // 2 * 0.5 * BLOCK / (GBPS * 1e9)
     assert [point.rows for point in points.calls] == [1, 4, 16]
     assert all(point.sent > 0 and point.local > 0 for point in points.calls)
+    assert [point.rows for point in points.collectives] == [1, 16, 64]
+    assert all(0 < point.seconds < 1 for point in points.collectives)
     machine = fit_machine(Measurements("two ranks", SHAPE, 2, 1 << 30, points, STEPS))
     assert machine.copy_seconds + BLOCK / machine.link_bandwidth > 0.5 * BLOCK / (GBPS * 1e9)
     assert machine.row_bandwidth == points.copy_rate
@@ -57,7 +59,7 @@ def test_a_rank_that_fails_says_why() -> None:
 
 
 def test_points_of_ranks_are_averaged_but_for_what_they_are_of() -> None:
-    ranks = [RankPoints([GemmPoint(4, 8, 16, s)], [], 10 * s, [], []) for s in (1.0, 2.0)]
+    ranks = [RankPoints([GemmPoint(4, 8, 16, s)], [], 10 * s, [], [], []) for s in (1.0, 2.0)]
     mean = mean_points(ranks)
     assert mean.gemms == [GemmPoint(4, 8, 16, 1.5)] and mean.copy_rate == 15.0
 

@@ -12,6 +12,7 @@ from sidp_sgl.planner.calibrate.engine_steps import DEPTHS, LOADS, with_depth
 from sidp_sgl.planner.calibrate.fit import fit_copy_share, fit_fetches, fit_gemms, fit_machine
 from sidp_sgl.planner.calibrate.points import (
     CallPoint,
+    CollectivePoint,
     FetchPoint,
     GemmPoint,
     Measurements,
@@ -43,7 +44,6 @@ machines = st.builds(
         hbm_bandwidth=bandwidth,
         bf16_flops=bandwidth * intensity,
         fp8_flops=bandwidth * intensity,
-        collective_seconds=10e-6,
         **rest,
     ),
     bandwidth=rates(5e9, 2e10),
@@ -52,6 +52,7 @@ machines = st.builds(
     link_bandwidth=rates(2e7, 1e9),
     kernel_seconds=rates(3e-6, 2e-5),
     layer_seconds=rates(1e-4, 1e-3),
+    collective_seconds=rates(1e-5, 1e-3),
     copy_seconds=rates(1e-5, 1e-3),
     round_trip_seconds=rates(5e-5, 1e-3),
     step_seconds=rates(1e-3, 5e-3),
@@ -93,6 +94,10 @@ def measured(machine: Machine, num_ranks: int, noise: float = 0.0, seed: int = 0
         copy_rate=machine.row_bandwidth,
         overlaps=[OverlapPoint(alone, beside, fetches)] * 2,
         calls=calls,
+        collectives=[
+            CollectivePoint(rows, seen(group.rank.collective_seconds(rows, num_ranks)))
+            for rows in (1, 16, 64)
+        ],
     )
     steps = [
         StepPoint(
@@ -110,7 +115,8 @@ def test_a_machine_is_found_again(machine: Machine, num_ranks: int) -> None:
     found = fit_machine(measured(machine, num_ranks))
     for name in ("hbm_bandwidth", "bf16_flops", "link_bandwidth", "copy_share", "row_bandwidth"):
         assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=0.02, abs=1e-6)
-    for name in ("kernel_seconds", "copy_seconds", "layer_seconds", "round_trip_seconds"):
+    for name in ("kernel_seconds", "copy_seconds", "layer_seconds", "round_trip_seconds",
+                 "collective_seconds"):  # fmt: skip
         assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=0.1, abs=5e-6)
     check_predictions(machine, found, num_ranks, 0.02)
 
@@ -169,7 +175,7 @@ def test_gemms_that_only_wait_for_bytes() -> None:
 
 def test_a_missing_kind_of_points_is_named() -> None:
     points = measured(Machine("m", 1, 1e10, 1e9, 1e11, 1e11, 1e9, 1e-6, 1e-5, 0, 0, 0, 1e-3), 2)
-    for name in ("gemms", "fetches", "overlaps", "calls"):
+    for name in ("gemms", "fetches", "overlaps", "calls", "collectives"):
         with pytest.raises(ValueError, match="points of"):
             fit_machine(replace(points, ranks=replace(points.ranks, **{name: []})))
     with pytest.raises(ValueError, match="points of"):
