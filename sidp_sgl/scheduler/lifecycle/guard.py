@@ -33,6 +33,7 @@ from sidp_sgl.scheduler.member import Member
 
 Result = TypeVar("Result")
 _LAST_MESSAGE_SECONDS = 1.0  # a process's own reason is preferred to how it ended
+_LOST_MEMBER_SECONDS = 1.0  # a process that was lost is preferred to what its TP ranks say of it
 _SETTLE_SECONDS = 5.0
 _POOLED_SECONDS = 10.0
 _KILL_SECONDS = 8.0
@@ -77,9 +78,12 @@ class Guard:
                     self._pooled.add(member)
                     self._state.notify_all()
             case Failed(member, reason):
+                if member is not None and member.tp_size > 1:
+                    self._wait_for_failure(_LOST_MEMBER_SECONDS)
                 self.fail(f"{member or 'a rank'} failed", f": {reason}")
             case Exited(member, pid, exitcode):
-                self._lifeline.wait_for_last_message(pid, _LAST_MESSAGE_SECONDS)
+                patience = _LAST_MESSAGE_SECONDS + _LOST_MEMBER_SECONDS
+                self._lifeline.wait_for_last_message(pid, patience)
                 self._on_exit(str(member), pid, exitcode)
 
     def _on_child_exit(self, name: str, pid: int, exitcode: int) -> None:

@@ -24,7 +24,8 @@ REPORT = """
 import sys
 from sidp_sgl.scheduler.lifecycle.liveness import Exited, Failed, Lifeline, Pooled
 from sidp_sgl.scheduler.member import Member
-Lifeline(sys.argv[1]).send({})
+for message in [{}]:
+    Lifeline(sys.argv[1]).send(message)
 """
 
 
@@ -45,9 +46,10 @@ class Engine:
         self.guard.watch(process, name)
         return process
 
-    def report(self, message: str) -> None:
-        """From another process, as a rank would."""
-        subprocess.run([sys.executable, "-c", REPORT.format(message), self.guard.group], check=True)
+    def report(self, *messages: str) -> None:
+        """From another process, as a rank would; each over a lifeline of its own."""
+        script = REPORT.format(", ".join(messages))
+        subprocess.run([sys.executable, "-c", script, self.guard.group], check=True)
 
 
 @pytest.fixture
@@ -104,6 +106,28 @@ def test_the_exit_of_a_rank_is_reported_by_its_parent(engine: Engine) -> None:
     assert engine.announced == [
         "DP rank 1 (pid 4711) was killed by SIGABRT while the engine was running; the engine has "
         "been shut down: start it again"
+    ]
+
+
+def test_a_lost_process_is_named_and_not_its_tp_ranks_that_fail_with_it(engine: Engine) -> None:
+    engine.guard.is_ready = True
+    engine.report(
+        "Failed(Member(1, 0, 2), 'RuntimeError: Connection closed by peer')",
+        "Exited(Member(1, 1, 2), 4711, -9)",
+    )
+    wait_until(lambda: bool(engine.announced))
+    assert engine.announced == [
+        "DP rank 1, TP rank 1 (pid 4711) was killed by SIGKILL while the engine was running; the "
+        "engine has been shut down: start it again (if memory ran out, dmesg names the process)"
+    ]
+
+
+def test_a_tp_rank_that_fails_by_itself_is_named_with_its_reason(engine: Engine) -> None:
+    engine.guard.is_ready = True
+    engine.report("Failed(Member(1, 0, 2), 'RuntimeError: out of memory')")
+    wait_until(lambda: bool(engine.announced))
+    assert engine.announced == [
+        "DP rank 1, TP rank 0 failed while the engine was running: RuntimeError: out of memory"
     ]
 
 
