@@ -70,7 +70,7 @@ class Plain(NamedTuple):
     overlap: bool
 
 
-_plain: dict[Model, Plain] = {}
+_plain: dict[tuple[Model, int], Plain] = {}
 
 
 @pytest.fixture(scope="module")
@@ -78,26 +78,28 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-def plain_sglang(model: Model, folder: Path) -> Plain:
-    """Plain SGLang's answers, once per model and run."""
-    if model not in _plain:
-        path = write_checkpoint(
-            folder / model.architecture,
-            model.architecture,
-            num_layers=model.num_layers,
-            tie_embeddings=model.tied,
-        )
-        with engine(path, **SETTINGS) as running:
+def plain_sglang(model: Model, folder: Path, tp_size: int = 1) -> Plain:
+    """Plain SGLang's answers, once per model, TP size and run."""
+    if (model, tp_size) not in _plain:
+        path = folder / f"{model.architecture}-{model.num_layers}"
+        if not path.exists():
+            write_checkpoint(
+                path,
+                model.architecture,
+                num_layers=model.num_layers,
+                tie_embeddings=model.tied,
+            )
+        with engine(path, tp_size=tp_size, **SETTINGS) as running:
             answers = [answer(running, prompt, NEW_TOKENS) for prompt in PROMPTS]
             state = running.get_server_info()["internal_states"][0]
         assert "sidp" not in state
-        _plain[model] = Plain(
+        _plain[model, tp_size] = Plain(
             path,
             answers,
             state["memory_usage"]["token_capacity"],
             not state["disable_overlap_schedule"],
         )
-    return _plain[model]
+    return _plain[model, tp_size]
 
 
 @pytest.fixture(

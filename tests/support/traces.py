@@ -1,6 +1,7 @@
 """What the processes of a test leave on the machine: processes, files, shared memory."""
 
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -93,13 +94,19 @@ def wait_for_ranks(main_pid: int, number: int, seconds: float) -> list[psutil.Pr
 
 
 def ranks(main_pid: int) -> dict[int, psutil.Process]:
-    """Those of an engine's main process that have their names, `sglang::scheduler_DP1`, by rank."""
+    """Those of an engine's main process that have their names, by DP rank; with TP their TP rank
+    0."""
+    return {dp: process for (dp, tp), process in members(main_pid).items() if tp == 0}
+
+
+def members(main_pid: int) -> dict[tuple[int, int], psutil.Process]:
+    """By DP and TP rank, of the names `sglang::scheduler_DP1` or `sglang::scheduler_DP1_TP0`."""
     found = {}
     for process in _grandchildren(main_pid):
         with suppress(psutil.NoSuchProcess):  # gone meanwhile, or dead and still listed
-            name, _, number = "".join(process.cmdline()[:1]).rpartition("DP")
-            if name.startswith("sglang::scheduler"):
-                found[int(number)] = process
+            name = "".join(process.cmdline()[:1])
+            if match := re.fullmatch(r"sglang::scheduler_DP(\d+)(?:_TP(\d+))?", name):
+                found[int(match[1]), int(match[2] or 0)] = process
     return dict(sorted(found.items()))
 
 
