@@ -1,4 +1,4 @@
-"""The pretended device memory of a CPU rank: SIDP_CPU_DEVICE_MEMORY, or a share of the machine's.
+"""The pretended device of a CPU process: SIDP_CPU_DEVICE_MEMORY, or a share of the machine's.
 
 What counts as used is what would lie on a device: weights, buffers, pooled blocks and slots; so KV
 capacity is exact and the same on any machine.
@@ -16,7 +16,8 @@ VARIABLE = "SIDP_CPU_DEVICE_MEMORY"
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS.update({f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power})
-DEFAULT_SHARE = 16  # of the machine's memory, per rank
+DEFAULT_SHARE = 16  # of the machine's memory, per process
+_ours: str | None = None  # what `divide_memory` has set
 _model: torch.nn.Module | None = None
 _pool_bytes = 0
 
@@ -32,9 +33,21 @@ def parse_bytes(text: str) -> int:
 
 
 def device_total_bytes() -> int:
-    """Size of one rank's device in bytes."""
+    """Size of one process's device in bytes."""
     text = os.environ.get(VARIABLE)
     return parse_bytes(text) if text else psutil.virtual_memory().total // DEFAULT_SHARE
+
+
+def divide_memory(num_processes: int) -> None:
+    """Set the size that an engine's processes inherit where the default is too much for that many;
+    what the user has set stays."""
+    global _ours
+    if os.environ.get(VARIABLE) != _ours:
+        return
+    os.environ.pop(VARIABLE, None)
+    _ours = None
+    if num_processes > DEFAULT_SHARE:
+        _ours = os.environ[VARIABLE] = str(psutil.virtual_memory().total // num_processes)
 
 
 def device_used_bytes() -> int:

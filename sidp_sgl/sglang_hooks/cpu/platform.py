@@ -73,7 +73,9 @@ class SidpCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.disable_cuda_graph = True
         if server_args.mem_fraction_static is None:
             server_args.mem_fraction_static = DEFAULT_MEM_FRACTION_STATIC
-        cpu_cores.divide_cores(server_args.dp_size * server_args.tp_size * server_args.pp_size)
+        num_processes = server_args.dp_size * server_args.tp_size * server_args.pp_size
+        cpu_cores.divide_cores(num_processes)
+        cpu_memory.divide_memory(num_processes)
 
 
 def _available_memory(original: Any, device: str, *args: Any, **kwargs: Any) -> float:

@@ -1,6 +1,7 @@
 """Cores and pretended memory of CPU ranks."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,21 @@ def test_what_the_user_has_set_stays(environment: pytest.MonkeyPatch) -> None:
     environment.setenv(cpu_cores.THREADS_VARIABLE, "7")
     cpu_cores.divide_cores(2)
     assert os.environ[cpu_cores.THREADS_VARIABLE] == "7"
+
+
+def test_a_default_device_memory_is_enough_for_all_processes(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.delenv(cpu_memory.VARIABLE, raising=False)
+    environment.setattr(cpu_memory, "_ours", None)
+    environment.setattr(cpu_memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=960))
+    for num_processes, expected in ((4, 60), (32, 30), (64, 15), (16, 60)):
+        cpu_memory.divide_memory(num_processes)
+        assert cpu_memory.device_total_bytes() == expected
+    assert cpu_memory.VARIABLE not in os.environ
+    environment.setenv(cpu_memory.VARIABLE, "100")
+    cpu_memory.divide_memory(64)
+    assert cpu_memory.device_total_bytes() == 100, "what the user has set stays"
 
 
 @pytest.mark.parametrize(
