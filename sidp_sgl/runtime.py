@@ -5,7 +5,6 @@ platform's own hooks.
 """
 
 import threading
-import time
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.lifecycle.liveness import tie
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
 from sidp_sgl.scheduler.member import Member
+from sidp_sgl.scheduler.modes.service_share import ServiceShare
 from sidp_sgl.scheduler.status import CasStatus, DispatchStatus, Status, StepsStatus, WasStatus
 from sidp_sgl.sglang_hooks import arguments, refusals, required
 from sidp_sgl.sglang_hooks.controller import controller_hooks
@@ -37,10 +37,12 @@ from sidp_sgl.sglang_hooks.model.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.model.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.scheduler import SchedulerHooks
+from sidp_sgl.sglang_hooks.status.members import Members
 from sidp_sgl.sglang_hooks.status.metrics import Metrics
-from sidp_sgl.sglang_hooks.status.server_info import ServerInfo
+from sidp_sgl.sglang_hooks.status.server_info import ServerInfo, follower_hook
 from sidp_sgl.sglang_hooks.status.updates import UpdateHooks
-from sidp_sgl.sglang_hooks.step.rank_steps import RankSteps
+from sidp_sgl.sglang_hooks.step.rank_steps import FollowerSteps, RankSteps
+from sidp_sgl.sglang_hooks.step.shared_leases import SharedLeases
 from sidp_sgl.weightpool.cas.endpoint import CasEndpoint, no_counters
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit
@@ -85,7 +87,7 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
 
 
 class Rank:
-    """One DP scheduler process with --sidp: group → control plane → pool → modes → hooks."""
+    """One scheduler process with --sidp: group → control plane → pool → modes → hooks."""
 
     def __init__(
         self,
@@ -112,14 +114,18 @@ class Rank:
             self.dp_rank,
             replace(planned, blocks=()),  # they come as the model is built
         )
-        self.control = ControlPlane(
-            config,
-            self.dp_rank,
-            self.dp_size,
-            planned.asked(self.dp_rank),
-            config.group,
-            ROWS_PER_RANK,
-        )
+        self.service_share = ServiceShare()
+        self.control: ControlPlane | None = None  # on TP rank 0
+        if member.tp_rank == 0:
+            self.control = ControlPlane(
+                config,
+                self.dp_rank,
+                self.dp_size,
+                planned.asked(self.dp_rank),
+                config.group,
+                ROWS_PER_RANK,
+                self.service_share,
+            )
         self.cas: CasEndpoint | None = None
         self.execution = UnitExecution(self.pool)
         self.offloader = PoolOffloader(
@@ -129,22 +135,30 @@ class Rank:
             loads_in_place=not self.model_config.quantization,
         )
         self.reader = CheckpointReader(self.offloader.is_placeholder)
-        self.waiting = WaitingRequests(self.dp_rank, self.control.controller, config.group)
+        controller = None if self.control is None else self.control.controller
+        self.waiting = WaitingRequests(self.dp_rank, controller, config.group)
+        has_metrics = self.control is not None and get_observability().enable_metrics
+        metrics = Metrics(self.status) if has_metrics else None
+        self.hooks = SchedulerHooks(rank_reports, self.pool, self.waiting, self._steps(), metrics)
+
+    def _steps(self) -> RankSteps | FollowerSteps:
+        leases = SharedLeases(self.dp_size)
+        if self.control is None:
+            return FollowerSteps(self.pool, self.execution, leases.receive)
         steps = RankSteps(self.control, self.pool, self.execution, lambda: self.waiting.received)
-        metrics = Metrics(self.status) if get_observability().enable_metrics else None
-        self.hooks = SchedulerHooks(rank_reports, self.pool, self.waiting, steps, metrics)
+        if self.member.tp_size > 1:
+            steps.share = leases.send
+        return steps
 
     def start(self) -> None:
-        self.control.start()
-        required.apply(
-            [
-                self.offloader.hook(),
-                *self.reader.hooks(),
-                *self.hooks.hooks(),
-                *ServerInfo(self.status).hooks(),
-                *UpdateHooks(self.config, self.control.modes).hooks(),
-            ]
-        )
+        required.apply([self.offloader.hook(), *self.reader.hooks(), *self.hooks.hooks()])
+        members = Members(self.figures)
+        if self.control is None:
+            required.apply([follower_hook(members.gather), *UpdateHooks(self.config).hooks()])
+        else:
+            self.control.start()
+            required.apply(ServerInfo(self.status, members.gather).hooks())
+            required.apply(UpdateHooks(self.config, self.control.modes.set_threshold).hooks())
         if self.config.sidp_colocate:
             colocation.divide_memory(self.dp_size, lambda: self.pool.transport.shared_bytes)
         if self.device == "cuda":
@@ -173,7 +187,7 @@ class Rank:
         transport = self.pool.transport
         mailbox = make_mailbox(transport, self.dp_rank, self.dp_size, staging, self.graphs)
         owned = [unit for unit in units if self.pool.owns(unit.block)]
-        return CasEndpoint(mailbox, staging, owned, self.control.share.add)
+        return CasEndpoint(mailbox, staging, owned, self.service_share.add)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal on all ranks of a group."""
@@ -185,14 +199,25 @@ class Rank:
             "owners": [list(self.pool.owners(b)) for b in range(len(self.pool.placement.blocks))],
         }
 
+    def figures(self) -> dict[str, Any]:
+        """What this process has fetched, sent and served."""
+        return {
+            "tp_rank": self.member.tp_rank,
+            "owned_bytes": self.pool.placement.owned_bytes(self.dp_rank),
+            "was": asdict(self.pool.prefetcher.counters),
+            "cas": self._cas_counters(),
+        }
+
+    def _cas_counters(self) -> dict[str, Any]:
+        return no_counters() if self.cas is None else self.cas.counters()
+
     def status(self) -> Status:
-        """What the rank says of itself, once its scheduler is made."""
+        """What TP rank 0 says of its rank, once its scheduler is made."""
         config, pool, scheduler = self.config, self.pool, self.hooks.scheduler
         placement, kv = pool.placement, scheduler.pool_stats_observer.get_pool_stats()
-        control, modes = self.control, self.control.modes
-        client, server, negotiation = modes.leases, control.lease_server, modes.leases.negotiation
-        inboxes = client.inbox, server.inbox, control.controller.inbox
-        outboxes = client.outbox, server.outbox, control.controller.outbox
+        control = self.control
+        assert control is not None
+        modes = control.modes
         return Status(
             enabled=True,
             dp_rank=self.dp_rank,
@@ -224,18 +249,5 @@ class Rank:
             mode_switch_reasons=dict(modes.policy.reasons),
             was=WasStatus(**asdict(pool.prefetcher.counters)),
             iterations=StepsStatus(**modes.steps),
-            cas=CasStatus(
-                requests=negotiation.requests,
-                granted=negotiation.granted,
-                declined=negotiation.declined,
-                silent=client.silences,
-                stale=negotiation.stale,
-                negotiation_seconds=client.wait_seconds,
-                service_share=control.share.share(time.monotonic()),
-                declines_given=dict(server.declines),
-                sent_messages=sum(outbox.sent for outbox in outboxes),
-                dropped_messages=sum(outbox.dropped for outbox in outboxes),
-                malformed_messages=sum(inbox.malformed for inbox in inboxes),
-                **(self.cas.counters() if self.cas is not None else no_counters()),
-            ),
+            cas=CasStatus(**control.cas_figures(), **self._cas_counters()),
         )

@@ -1,7 +1,11 @@
-"""One rank's control plane put together: leases for others, its own modes, the DP controller."""
+"""One rank's control plane put together: leases for others, its own modes, the DP controller.
+
+It lives on TP rank 0; what it decides is shared with the others.
+"""
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.dispatch.link import ControllerLink
@@ -25,10 +29,11 @@ class ControlPlane:
         owners: Sequence[int],
         engine: str,
         max_rows: int,
+        share: ServiceShare,
     ) -> None:
         self.rank = rank
         self.own_batch_size = 0  # kept up to date by the scheduler
-        self.share = ServiceShare()
+        self.share = share
         self.lease_server = LeaseServer(
             rank, num_ranks, engine, LeaseLedger(max_rows), self._refusal
         )
@@ -53,3 +58,23 @@ class ControlPlane:
         """After one of the scheduler's iterations; nobody hears it but a controller of ours."""
         if self._own_dispatch:
             self.controller.publish(state, time.monotonic())
+
+    def cas_figures(self) -> dict[str, Any]:
+        """What it has to say in a rank's status of CaS; times in seconds."""
+        client, server = self.modes.leases, self.lease_server
+        negotiation = client.negotiation
+        inboxes = client.inbox, server.inbox, self.controller.inbox
+        outboxes = client.outbox, server.outbox, self.controller.outbox
+        return {
+            "requests": negotiation.requests,
+            "granted": negotiation.granted,
+            "declined": negotiation.declined,
+            "silent": client.silences,
+            "stale": negotiation.stale,
+            "negotiation_seconds": client.wait_seconds,
+            "service_share": self.share.share(time.monotonic()),
+            "declines_given": dict(server.declines),
+            "sent_messages": sum(outbox.sent for outbox in outboxes),
+            "dropped_messages": sum(outbox.dropped for outbox in outboxes),
+            "malformed_messages": sum(inbox.malformed for inbox in inboxes),
+        }

@@ -39,7 +39,6 @@ def _more_than_one(value: Any) -> bool:
 
 
 RULES = [
-    Rule("tp_size", _more_than_one, "--tp-size", "tensor parallelism is not supported yet"),
     Rule("pp_size", _more_than_one, "--pp-size", "pipeline parallelism is not supported yet"),
     Rule("ep_size", _more_than_one, "--ep-size", "expert parallelism is not supported yet"),
     Rule("attn_dp_size", _more_than_one, "--attn-dp-size", "DP attention shards the FFN itself"),
@@ -77,6 +76,14 @@ RULES = [
          "each rank loads its own tensors"),
 ]  # fmt: skip
 
+# The same with --tp-size above 1.
+TP_RULES = [
+    Rule("enable_layernorm_sp", bool, "--enable-layernorm-sp",
+         "with --tp-size above 1 it sums inside the pooled layers"),
+    Rule("enable_symm_mem", bool, "--enable-symm-mem",
+         "with --tp-size above 1 it allocates inside the pooled layers, in step with other ranks"),
+]  # fmt: skip
+
 # Calls of the tokenizer manager that would read or write whole weights at run time.
 _WEIGHT_CALLS = [
     "begin_weight_update", "init_weights_update_group", "update_weights_from_disk",
@@ -104,13 +111,18 @@ class WeightsAreFixed(fastapi.HTTPException, SidpUsageError):
 def check_flags(server_args: Any, config: SidpConfig) -> None:
     """Raise SidpUsageError for the first flag that does not go with --sidp."""
     cfg = resolving_view(server_args)
-    for rule in RULES:
+    for rule in RULES + (TP_RULES if cfg.tp_size > 1 else []):
         value = getattr(cfg, rule.field, None)
         if rule.is_refused(value):
             raise SidpUsageError(
                 f"{rule.flag} {value} does not work with --sidp: {rule.reason}; "
                 f"drop {rule.flag} or --sidp"
             )
+    if cfg.tp_size > 1 and config.sidp_mode != "was":
+        raise SidpUsageError(
+            f"--sidp-mode {config.sidp_mode} does not work with --tp-size {cfg.tp_size} yet: use "
+            "--sidp-mode was"
+        )
     if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true"):
         raise SidpUsageError("SGLANG_RUST_SERVER does not work with --sidp: unset it")
     if cfg.dp_size < 2:

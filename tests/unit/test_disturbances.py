@@ -9,6 +9,7 @@ import pytest
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.modes.policy import CAS, WAS
+from sidp_sgl.scheduler.modes.service_share import ServiceShare
 from tests.support import disturbances
 from tests.support.disturbances import (
     Disturbances,
@@ -24,7 +25,7 @@ def plugins() -> set[str]:
 
 
 def make_control_plane(engine_name: str) -> ControlPlane:
-    return ControlPlane(SidpConfig(sidp=True), 0, 2, [0, 1], engine_name, 64, 64)
+    return ControlPlane(SidpConfig(sidp=True), 0, 2, [0, 1], engine_name, 64, ServiceShare())
 
 
 def test_sglang_finds_the_plugin_while_it_is_wanted() -> None:

@@ -45,7 +45,8 @@ class GraphHooks:
 
     def _replay(self, original: Any, backend: Any, shape_key: Any, *args: Any, **kw: Any) -> Any:
         requester = self._execution.requester
-        if requester is not None and requester.is_active:
+        # As TP rank 0 has decided, also where this one computes by itself.
+        if requester is not None and requester.is_in_step:
             return self._cas.replay(shape_key)
         self._pool.begin_replay()
         return original(backend, shape_key, *args, **kw)

@@ -25,6 +25,11 @@ def check_device(cfg: Any, config: SidpConfig) -> None:
         )
     if cfg.device != "cuda":
         return
+    if config.sidp_colocate and cfg.tp_size > 1:
+        raise SidpUsageError(
+            f"--sidp-colocate puts all ranks on one GPU, where --tp-size {cfg.tp_size} can't sum: "
+            "use --tp-size 1, or drop --sidp-colocate"
+        )
     if os.environ.get(ONE_DEVICE, "0").lower() in ("1", "true"):
         raise SidpUsageError(
             f"{ONE_DEVICE} does not work with --sidp: ranks map one another's memory; unset it"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.distributed.utils import get_group_rank_size
 from sglang.srt.layers.linear import LinearBase, RowParallelLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -30,7 +31,8 @@ class Unit:
 def find_blocks(layer: nn.Module, index: int, pool: str) -> list[list[Unit]]:
     """The blocks of decoder layer `index` for `--sidp-pool ffn` or `linear`, as lists of units.
 
-    Raises SidpError where the layer has no recognisable FFN, or experts.
+    Raises SidpError where the layer has no recognisable FFN, or experts, or a unit of it can't be
+    computed without its TP group.
     """
     kind = type(layer).__name__
     if any(isinstance(module, FusedMoE) for module in layer.modules()):
@@ -54,13 +56,19 @@ def find_blocks(layer: nn.Module, index: int, pool: str) -> list[list[Unit]]:
             if isinstance(child, LinearBase)
         ]
     units.append(Unit(*ffns[0]))
+    for unit in units:
+        if any(_has_collective(linear) for linear in _linears(unit.module)):
+            raise SidpError(
+                f"--sidp: {unit.name} of layer {index} ({kind}) sums over its TP ranks by itself, "
+                "which an owner can't do for others: use --tp-size 1, or start without --sidp"
+            )
     return [units]
 
 
 def pooled_unit(unit: Unit, number: int, block: int, *, is_last: bool) -> PooledUnit:
     """`unit` as the weight pool sees it; before its forward is wrapped."""
     module = unit.module
-    linears = [part for part in module.modules() if isinstance(part, LinearBase)]
+    linears = _linears(module)
     is_linear = isinstance(module, LinearBase)
     if is_linear and module.skip_bias_add:
         raise SidpError(
@@ -80,8 +88,8 @@ def pooled_unit(unit: Unit, number: int, block: int, *, is_last: bool) -> Pooled
         number,
         block,
         is_last,
-        payload=(RowType(linears[0].input_size, dtype),),
-        result=RowType(linears[-1].output_size, dtype),
+        payload=(RowType(_in_width(linears[0]), dtype),),
+        result=RowType(_out_width(linears[-1]), dtype),
         forward=module.forward,
         partial=partial,
         finish=finish,
@@ -102,6 +110,8 @@ class _OwnPart(nn.Module):
     def forward(self, rows: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, Any]:
         linear = self.__dict__["_linear"]
         inside, outside = (None, linear.bias) if linear.skip_bias_add else (linear.bias, None)
+        if isinstance(linear, RowParallelLinear) and get_group_rank_size(linear.tp_group)[0] > 0:
+            inside = None  # the TP ranks' parts are added up: one of them has the bias
         return linear.quant_method.apply(linear, rows, inside), outside
 
 
@@ -119,13 +129,35 @@ def own_part_of(module: nn.Module) -> nn.Module:
     return twin
 
 
+def _linears(module: nn.Module) -> list[Any]:
+    return [part for part in module.modules() if isinstance(part, LinearBase)]
+
+
+def _has_collective(linear: Any) -> bool:
+    """Whether its own forward talks to other TP ranks, or takes its shard of rows out of theirs."""
+    return get_group_rank_size(linear.tp_group)[1] > 1 and (
+        getattr(linear, "reduce_results", False)
+        or getattr(linear, "gather_output", False)
+        or not getattr(linear, "input_is_parallel", True)
+    )
+
+
+def _in_width(linear: Any) -> int:
+    """Of a TP rank's shard."""
+    return getattr(linear, "input_size_per_partition", linear.input_size)
+
+
+def _out_width(linear: Any) -> int:
+    return getattr(linear, "output_size_per_partition", linear.output_size)
+
+
 def _contains(module: nn.Module, kind: type) -> bool:
     return any(isinstance(part, kind) for part in module.modules())
 
 
 def _is_ffn(module: nn.Module) -> bool:
     """Linears only, the last of which returns to the width that the first takes."""
-    linears = [part for part in module.modules() if isinstance(part, LinearBase)]
+    linears = _linears(module)
     return (
         not _contains(module, RadixAttention)
         and len(linears) >= 2

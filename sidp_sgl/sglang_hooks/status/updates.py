@@ -1,12 +1,12 @@
 """What SGLang's `set_internal_state` may change of a running rank: the batch threshold."""
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
 from sglang.srt.plugins.hook_registry import HookType
 
 from sidp_sgl.config import SidpConfig
-from sidp_sgl.scheduler.modes.step_modes import StepModes
 from sidp_sgl.sglang_hooks.required import Hook
 
 FIELD = "sidp_batch_threshold"
@@ -14,11 +14,14 @@ MEASURED = 0  # SGLang takes numbers only: stands for "auto"
 
 
 class UpdateHooks:
-    """As SGLang does it, a value that can't be is logged, and answered with `updated: false`."""
+    """As SGLang does it, a value that can't be is logged, and answered with `updated: false`.
+    All TP ranks are told; `set_threshold` is that of TP rank 0."""
 
-    def __init__(self, config: SidpConfig, modes: StepModes) -> None:
+    def __init__(
+        self, config: SidpConfig, set_threshold: Callable[[int | None], None] = lambda _: None
+    ) -> None:
         self._mode = config.sidp_mode
-        self._modes = modes
+        self._set_threshold = set_threshold
 
     def hooks(self) -> list[Hook]:
         return [
@@ -44,4 +47,4 @@ class UpdateHooks:
             )
 
     def _apply(self, _: str, value: Any) -> None:
-        self._modes.set_threshold(None if value == MEASURED else int(value))
+        self._set_threshold(None if value == MEASURED else int(value))

@@ -1,13 +1,19 @@
-"""Every step of a rank as SiDP sees it: its mode before, its cost after, its state to others."""
+"""Every step of a rank as SiDP sees it: its mode before, its cost after, its state to others.
+
+TP rank 0 decides a step's mode (`RankSteps`), the others follow (`FollowerSteps`).
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.messages import RankState
 from sidp_sgl.scheduler.modes.policy import CAS, WAS
 from sidp_sgl.sglang_hooks.step.calibration import calibrate
+from sidp_sgl.sglang_hooks.step.shared_leases import Leases
+from sidp_sgl.weightpool.cas.requester import Requester
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.pool import WeightPool
@@ -32,6 +38,7 @@ class RankSteps:
         execution: UnitExecution,
         received: Callable[[], int] = lambda: 0,
     ) -> None:
+        self.share: Callable[[Leases], None] = lambda leases: None  # with the other TP ranks
         self._received = received
         self._control = control
         self._modes = control.modes
@@ -55,16 +62,12 @@ class RankSteps:
         batch_size, remote = batch.batch_size(), self._execution.requester
         can_call = remote is not None and remote.is_available()
         leases = self._modes.begin_decode(batch_size, can_call=can_call)
+        if remote is not None:
+            self.share(leases)
         mode = WAS if leases is None else CAS
         self._last = _Begun(now, mode, batch_size, self._stall_seconds())
-        if remote is None or leases is None:
+        with _decode_step(remote, leases, batch_size):
             result = original(scheduler, batch, *args, **kw)
-        else:
-            remote.begin_step(leases, batch_size)
-            try:
-                result = original(scheduler, batch, *args, **kw)
-            finally:
-                remote.end_step()
         can_call = remote is not None and remote.is_available()  # not after a silence
         self._modes.end_decode(batch_size, mode, can_call=can_call)
         return result
@@ -98,6 +101,45 @@ class RankSteps:
         if not running:
             self._modes.leases.release()
         self._control.publish(state)
+
+
+class FollowerSteps:
+    """`receive()`: what TP rank 0 shares of a decode step."""
+
+    def __init__(
+        self, pool: WeightPool, execution: UnitExecution, receive: Callable[[], Leases]
+    ) -> None:
+        self._pool = pool
+        self._execution = execution
+        self._receive = receive
+
+    def calibrate(self, scheduler: Any) -> None:
+        """As TP rank 0, whose dummy steps sum over all TP ranks; its times count."""
+        if self._execution.requester is not None:
+            calibrate(scheduler, self._pool, self._execution, ROWS_PER_RANK)
+
+    def run_batch(self, original: Any, scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
+        remote, leases = self._execution.requester, None
+        if remote is not None and batch.forward_mode.is_decode():
+            leases = self._receive()
+        with _decode_step(remote, leases, batch.batch_size()):
+            return original(scheduler, batch, *args, **kw)
+
+    def publish(self, scheduler: Any) -> None:
+        """TP rank 0 does."""
+
+
+@contextmanager
+def _decode_step(requester: Requester | None, leases: Leases, batch_size: int) -> Iterator[None]:
+    """Around a forward pass; with leases a CaS step."""
+    if requester is None or leases is None:
+        yield
+        return
+    requester.begin_step(leases, batch_size)
+    try:
+        yield
+    finally:
+        requester.end_step()
 
 
 def _being_prefilled(scheduler: Any) -> int:

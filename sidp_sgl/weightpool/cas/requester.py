@@ -40,13 +40,14 @@ class Requester:
         self._inboxes: dict[int, RowsViews] = {}
         self._results = RowsViews(mailbox.results)
         self._patience = patience
-        self._offsets: Mapping[int, int] | None = None  # owner → first leased row, in a CaS step
+        self.is_in_step = False  # a CaS step, also where its units are computed here after all
+        self._offsets: Mapping[int, int] | None = None  # owner → first leased row, while active
         self.step_rows = 0  # of the latest CaS step
         self._unanswered: set[int] = set()  # owners whose answers are still to come
 
     @property
     def is_active(self) -> bool:
-        """Whether units of other ranks' blocks are called in this step."""
+        """Whether units of other ranks' blocks are called from here on in this step."""
         return self._offsets is not None
 
     def is_available(self) -> bool:
@@ -57,11 +58,16 @@ class Requester:
         return not self._unanswered
 
     def begin_step(self, offsets: Mapping[int, int], rows: int) -> None:
-        """This step's calls use `rows` rows from `offsets` (owner → row) of the inboxes."""
-        assert not self._unanswered
+        """This step's calls use `rows` rows from `offsets` (owner → row) of the inboxes. It may be
+        a CaS step for other TP ranks while an answer to this one is still to come: then its units
+        are computed here."""
+        self.is_in_step = True
         self._offsets, self.step_rows = offsets, rows
+        if not self.is_available():
+            self._fall_back()
 
     def end_step(self) -> None:
+        self.is_in_step = False
         self._offsets = None
 
     def call(

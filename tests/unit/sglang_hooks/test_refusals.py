@@ -19,7 +19,9 @@ from tests.support.checkpoints import write_checkpoint
 
 BAD_SETTINGS = [
     ({"dp_size": 1}, "--dp-size"),
-    ({"tp_size": 2}, "--tp-size"),
+    ({"tp_size": 2}, "--sidp-mode was"),
+    ({"tp_size": 2, "enable_layernorm_sp": True}, "--enable-layernorm-sp"),
+    ({"tp_size": 2, "enable_symm_mem": True}, "--enable-symm-mem"),
     ({"pp_size": 2}, "--pp-size"),
     ({"enable_dp_attention": True, "tp_size": 1}, "--enable-dp-attention"),
     ({"nnodes": 2}, "--nnodes"),
@@ -89,14 +91,15 @@ def test_every_rule_has_a_case() -> None:
     covered = {name for keywords, _ in BAD_SETTINGS for name in keywords}
     same_flag_elsewhere = {"ep_size", "attn_dp_size", "attn_cp_size", "lora_paths", "encoder_only",
                            "grpc_mode", "smg_grpc_mode", "startup_weight_load_mode"}  # fmt: skip
-    assert {rule.field for rule in refusals.RULES} - same_flag_elsewhere <= covered
+    rules = [*refusals.RULES, *refusals.TP_RULES]
+    assert {rule.field for rule in rules} - same_flag_elsewhere <= covered
 
 
 def test_rules_name_fields_that_sglang_has() -> None:
     from sglang.srt.server_args import ServerArgs
 
     fields = set(ServerArgs.__struct_fields__)
-    assert {rule.field for rule in refusals.RULES} <= fields
+    assert {rule.field for rule in [*refusals.RULES, *refusals.TP_RULES]} <= fields
 
 
 def test_checkpoints_without_safetensors_or_quantised(tmp_path: Path, checkpoint: Path) -> None:

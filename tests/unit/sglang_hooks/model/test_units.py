@@ -1,5 +1,7 @@
 """Units found by structure, and the placeholders that stand for them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sglang.srt.layers.linear import LinearBase, RowParallelLinear
@@ -253,6 +255,71 @@ def test_an_owner_computes_its_own_part_without_sglangs_forwards(
     for unit, r, result in zip(pooled, rows, expected, strict=True):
         whole = result[0] if isinstance(result, tuple) else result
         assert torch.equal(unit.partial(r), whole) and whole.any()
+
+
+def tp_layer(tp_rank: int, tp_size: int) -> nn.Module:
+    """A rank's shard of `decoder_layer`, as SGLang's linear layers describe it."""
+    layer, group = decoder_layer(), SimpleNamespace(rank_in_group=tp_rank, world_size=tp_size)
+    for linear in [part for part in layer.modules() if isinstance(part, LinearBase)]:
+        linear.tp_group = group
+        if isinstance(linear, RowParallelLinear):
+            linear.reduce_results, linear.input_is_parallel = False, True
+            linear.input_size_per_partition = linear.input_size // tp_size
+            linear.weight.data = linear.weight.data[:, : linear.input_size_per_partition]
+        else:
+            linear.output_size_per_partition = linear.output_size // tp_size
+            linear.weight.data = linear.weight.data[: linear.output_size_per_partition]
+    return layer
+
+
+def test_rows_of_a_shard_have_its_widths() -> None:
+    (units,) = find_blocks(tp_layer(1, 2), 0, "linear")
+    pooled = [pooled_unit(unit, n, 0, is_last=False) for n, unit in enumerate(units)]
+    widths = [(unit.payload[0].width, unit.result.width) for unit in pooled]
+    assert widths == [(HIDDEN, HIDDEN), (HIDDEN // 2, HIDDEN), (HIDDEN, HIDDEN)]
+    for unit in pooled:
+        rows = rows_of(unit.payload[0].width)
+        assert unit.partial(rows).shape == (len(rows), unit.result.width)
+
+
+@pytest.mark.parametrize("tp_rank", [0, 1])
+def test_one_tp_rank_adds_the_bias_of_a_sum(tp_rank: int) -> None:
+    layer = tp_layer(tp_rank, 2)
+    biases = {}
+
+    class Biased(Unquantised):
+        def apply(self, linear: nn.Module, rows: torch.Tensor, bias: object = None) -> torch.Tensor:
+            biases[linear] = bias
+            return super().apply(linear, rows)
+
+    (units,) = find_blocks(layer, 0, "linear")
+    for unit in units[:2]:
+        unit.module.bias, unit.module.quant_method = torch.ones(1), Biased()
+        pooled = pooled_unit(unit, 0, 0, is_last=False)
+        pooled.partial(rows_of(pooled.payload[0].width))
+    qkv, o = (biases[unit.module] is not None for unit in units[:2])
+    assert (qkv, o) == (True, tp_rank == 0), "the columns' bias is cut as they are"
+
+
+@pytest.mark.parametrize(
+    ("linear", "attribute", "value"),
+    [
+        ("down_proj", "reduce_results", True),
+        ("down_proj", "input_is_parallel", False),
+        ("gate_up_proj", "gather_output", True),
+    ],
+)
+def test_a_unit_that_needs_its_tp_group_is_refused(
+    linear: str, attribute: str, value: bool
+) -> None:
+    layer = tp_layer(0, 2)
+    setattr(getattr(layer.mlp, linear), attribute, value)
+    with pytest.raises(SidpError, match=r"mlp of layer 3 .* sums over its TP .* --tp-size 1") as e:
+        find_blocks(layer, 3, "ffn")
+    assert "\n" not in str(e.value)
+    alone = tp_layer(0, 1)
+    setattr(getattr(alone.mlp, linear), attribute, value)
+    find_blocks(alone, 3, "ffn")
 
 
 def test_an_owner_computes_with_the_weights_as_they_are_then() -> None:

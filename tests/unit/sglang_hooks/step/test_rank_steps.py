@@ -11,7 +11,8 @@ from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.step_modes import StepModes
 from sidp_sgl.scheduler.modes.times import StepTimes
 from sidp_sgl.sglang_hooks.step import rank_steps
-from sidp_sgl.sglang_hooks.step.rank_steps import RankSteps
+from sidp_sgl.sglang_hooks.step.rank_steps import FollowerSteps, RankSteps
+from sidp_sgl.sglang_hooks.step.shared_leases import SharedLeases
 
 LEASES = {0: 8, 2: 0}
 
@@ -47,8 +48,10 @@ class Rank:
             begin_step=lambda leases, rows: self.events.append(("begin", leases, rows)),
             end_step=lambda: self.events.append("end"),
         )
-        execution = SimpleNamespace(requester=self.requester if has_requester else None)
-        self.steps = RankSteps(self.control, pool, execution)  # type: ignore[arg-type]
+        execution: Any = SimpleNamespace(requester=self.requester if has_requester else None)
+        self.steps: Any = RankSteps(self.control, pool, execution)  # type: ignore[arg-type]
+        self.received: list[Any] = []  # what TP rank 0 has shared, where this is another one
+        self.follower: Any = FollowerSteps(pool, execution, self.received.pop)  # type: ignore[arg-type]
         self.scheduler = SimpleNamespace(
             _sched_idled=False,
             running_batch=SimpleNamespace(reqs=[]),
@@ -221,3 +224,65 @@ def test_step_times_are_measured_where_rows_can_be_sent(
     monkeypatch.setattr(rank_steps, "calibrate", lambda *_: measured)
     rank.steps.calibrate(rank.scheduler)
     assert rank.modes.times is (measured if has_requester else None)
+
+
+# With TP: rank 0 decides, the others follow.
+
+
+def test_tp_rank_0_shares_every_decode_step_that_may_be_cas(rank: Rank) -> None:
+    shared: list[Any] = []
+    rank.steps.share = shared.append
+    rank.step(4)
+    rank.step(100, is_decode=False)
+    rank.grants = False
+    rank.step(4)
+    assert shared == [LEASES, None]
+    assert rank.events.index("forward") > 0, "before the forward pass, or it would wait there"
+
+
+def test_nothing_is_shared_where_every_step_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = Rank(monkeypatch, has_requester=False)
+    shared: list[Any] = []
+    rank.steps.share = shared.append
+    rank.step(4)
+    assert shared == []
+    rank.steps = rank.follower  # which waits for nothing
+    assert rank.step(4) == (rank.batch, ("proxy",), {"last": 2})
+    assert rank.events[-1] == "forward"
+
+
+def test_a_follower_does_what_was_decided(rank: Rank) -> None:
+    rank.steps = rank.follower
+    rank.received += [None, LEASES]
+    rank.is_available = False  # not asked: the requester computes by itself, in the same mode
+    assert rank.step(4) == (rank.batch, ("proxy",), {"last": 2})
+    rank.step(100, is_decode=False)
+    rank.step(5)
+    assert rank.events == [("begin", LEASES, 4), "forward", "end", "forward", "forward"]
+    assert not rank.received
+    rank.steps.publish(rank.scheduler)
+    assert rank.modes.steps == {WAS: 0, CAS: 0}, "it counts nothing"
+
+
+@pytest.mark.parametrize("has_requester", [True, False])
+def test_a_follower_runs_the_same_dummy_steps(
+    has_requester: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = Rank(monkeypatch, has_requester=has_requester)
+    asked: list[Any] = []
+    monkeypatch.setattr(rank_steps, "calibrate", lambda *given: asked.append(given[-1]))
+    rank.follower.calibrate(rank.scheduler)
+    rank.steps.calibrate(rank.scheduler)
+    assert asked == ([64, 64] if has_requester else [])
+
+
+@pytest.mark.parametrize("leases", [None, {}, {0: 0}, {1: 64, 2: 0}, {0: 128, 2: 64, 3: 0}])
+def test_what_is_shared_arrives(
+    leases: dict[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, follower = SharedLeases(4), SharedLeases(4)
+    monkeypatch.setattr(SharedLeases, "_broadcast", lambda _: None)
+    follower._message.fill_(7)  # of the step before
+    leader.send(leases)
+    follower._message.copy_(leader._message)
+    assert follower.receive() == leases

@@ -136,8 +136,13 @@ def test_a_silent_owner_ends_the_steps_calls_and_is_left_alone_until_it_has_answ
         started = time.monotonic()
         assert remote.call([1], UNITS[1], [make_rows(2)]) is None
         assert 0.04 < time.monotonic() - started < 5.0
-        assert not remote.is_active
+        assert not remote.is_active and remote.is_in_step
         assert not remote.is_available()
+        remote.end_step()
+        remote.begin_step({1: 0}, 2)  # a CaS step for this rank's other TP ranks
+        assert remote.is_in_step and not remote.is_active
+        remote.end_step()
+        assert not remote.is_in_step
         groups[1].service.start()  # the owner goes on, and answers late
         deadline = time.monotonic() + 10
         while not remote.is_available():
@@ -149,7 +154,7 @@ def test_a_silent_owner_ends_the_steps_calls_and_is_left_alone_until_it_has_answ
         result = remote.call([1], UNITS[1], [rows])
         assert result is not None
         assert torch.equal(result, rows @ weight(1))
-        assert remote.counters.fallbacks == 1
+        assert remote.counters.fallbacks == 2
         assert groups[1].counters()["rows_served"] == groups[0].counters()["rows_sent"] == 5
 
 
