@@ -91,9 +91,7 @@ def notes(plan: Plan) -> list[str]:
         found.append(f"limit the batch with --max-running-requests {best.batch}")
     if sidp is not None and sidp.deployment.kind == SIDP:
         shape = plan.node.shape
-        missing = []
-        missing += ["tensor parallelism"] if sidp.deployment.tp > 1 else []
-        missing += ["experts"] if shape.num_experts else []
+        missing = ["experts"] if shape.num_experts else []
         missing += ["FP8 weights"] if shape.dtype == "fp8" else []
         if missing:
             found.append(f"the engine's SiDP does not do {', '.join(missing)} yet")

@@ -118,11 +118,6 @@ def check_flags(server_args: Any, config: SidpConfig) -> None:
                 f"{rule.flag} {value} does not work with --sidp: {rule.reason}; "
                 f"drop {rule.flag} or --sidp"
             )
-    if cfg.tp_size > 1 and config.sidp_mode != "was":
-        raise SidpUsageError(
-            f"--sidp-mode {config.sidp_mode} does not work with --tp-size {cfg.tp_size} yet: use "
-            "--sidp-mode was"
-        )
     if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true"):
         raise SidpUsageError("SGLANG_RUST_SERVER does not work with --sidp: unset it")
     if cfg.dp_size < 2:

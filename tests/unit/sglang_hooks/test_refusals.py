@@ -19,7 +19,6 @@ from tests.support.checkpoints import write_checkpoint
 
 BAD_SETTINGS = [
     ({"dp_size": 1}, "--dp-size"),
-    ({"tp_size": 2}, "--sidp-mode was"),
     ({"tp_size": 2, "enable_layernorm_sp": True}, "--enable-layernorm-sp"),
     ({"tp_size": 2, "enable_symm_mem": True}, "--enable-symm-mem"),
     ({"pp_size": 2}, "--pp-size"),

@@ -1,0 +1,238 @@
+"""With tensor parallelism: every TP rank pools its shards with those of the other DP ranks.
+
+Against plain SGLang at the same TP size, with the same overlap scheduler: TP sizes round
+differently. Beside each equality stand the counters of both TP ranks.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import sglang
+
+from bench.demo_job import CHECKPOINT
+from examples.demo_model.arithmetic import solve
+from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
+from tests.e2e.test_cas import make_requests, run
+from tests.e2e.test_parity import NEW_TOKENS, PROMPTS, SETTINGS, Model, Plain, plain_sglang
+from tests.support.disturbances import Disturbances, disturbed
+from tests.support.engines import answer, engine, statuses
+from tests.support.traces import Traces, members, traced
+
+SIZES = {"dp_size": 2, "tp_size": 2}
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 64, 192, 4, 2, 16  # of the seeded checkpoints
+STOP_SECONDS = 3.0
+END_SECONDS = 5.0  # from the kill to the error
+
+
+class Case(NamedTuple):
+    model: Model
+    pool: str
+    mode: str
+    slots: int
+    switch_every: int = 0
+
+
+AUTO = Case(Model("qwen3", 7, True), "linear", "auto", 1, switch_every=3)
+THOROUGH = [
+    Case(Model("llama", 8, False), "ffn", "was", 3),
+    Case(Model("qwen3", 7, True), "linear", "was", 2),
+    Case(Model("llama", 7, False), "linear", "cas", 1),
+    Case(Model("qwen3", 8, True), "ffn", "auto", 2, switch_every=3),
+]
+
+
+class Running(NamedTuple):
+    case: Case
+    plain: Plain
+    engine: sglang.Engine
+    traces: Traces
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*(pytest.param(case, marks=pytest.mark.thorough) for case in THOROUGH), AUTO],
+    ids=lambda case: f"{case.model.architecture}-{case.model.num_layers}-{case.mode}",
+)
+def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    case = request.param
+    plain = plain_sglang(case.model, tmp_path_factory.getbasetemp(), tp_size=2)
+    with (
+        traced(PYTHONWARNINGS="ignore") as traces,
+        disturbed(Disturbances(switch_every=case.switch_every)),
+        engine(
+            plain.folder,
+            sidp=True,
+            sidp_mode=case.mode,
+            sidp_pool=case.pool,
+            sidp_cache_slots=case.slots,
+            **SIZES,
+            **SETTINGS,
+        ) as started,
+    ):
+        traces.processes()
+        yield Running(case, plain, started, traces)
+
+
+def test_single_requests_equal_plain_sglang_bit_for_bit(running: Running) -> None:
+    case, plain, started, _ = running
+    assert plain.overlap, "the overlap scheduler must be on"
+    for rank in range(SIZES["dp_size"]):
+        before = statuses(started)
+        for prompt, expected in zip(PROMPTS, plain.answers, strict=True):
+            assert answer(started, prompt, NEW_TOKENS, rank) == expected
+        check_steps(case, rank, before, statuses(started))
+    for status in statuses(started):
+        check_members(case, status)
+        assert status["kv_capacity_tokens"] > plain.kv_tokens
+
+
+def check_steps(case: Case, rank: int, before: list[dict], after: list[dict]) -> None:
+    """Only `rank` had work; its TP ranks sent the same rows, each to its own group's owner."""
+    old, new, owner = before[rank], after[rank], 1 - rank
+    decode_steps = len(PROMPTS) * (NEW_TOKENS - 1)
+    cas_steps = new["iterations"]["cas"] - old["iterations"]["cas"]
+    if case.mode == "cas":
+        assert cas_steps >= 0.9 * decode_steps, new["cas"]
+    elif case.mode == "auto":
+        assert 0.3 * decode_steps < cas_steps < 0.7 * decode_steps
+        assert new["mode_switches"] - old["mode_switches"] >= decode_steps // 3 - 2
+    else:
+        assert cas_steps == 0
+    remote_blocks = case.model.num_layers - len(new["owned_layers"]) - case.slots
+    units = {"ffn": 1, "linear": 3}[case.pool]
+    for tp_rank in range(SIZES["tp_size"]):
+        sent, served = (
+            after[dp]["members"][tp_rank]["cas"][name] - before[dp]["members"][tp_rank]["cas"][name]
+            for dp, name in ((rank, "rows_sent"), (owner, "rows_served"))
+        )
+        assert sent == served == cas_steps * remote_blocks * units
+
+
+def check_members(case: Case, status: dict) -> None:
+    """Each TP rank fetched its own shard, as often as the other."""
+    size = SIZES["tp_size"]
+    assert (status["tp_rank"], status["tp_size"]) == (0, size)
+    assert [member["tp_rank"] for member in status["members"]] == list(range(size))
+    block = 3 * HIDDEN * INTERMEDIATE * 2 // size
+    if case.pool == "linear":
+        block += 2 * HIDDEN * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS) // size
+    assert status["pooled_bytes"] == case.model.num_layers * block
+    for member in status["members"]:
+        assert member["owned_bytes"] == len(status["owned_layers"]) * block
+        assert member["was"]["fetches"] > case.slots
+        assert member["was"]["bytes"] == member["was"]["fetches"] * block
+        assert member["was"]["resyncs"] == 0
+        assert member["cas"]["fallbacks"] == member["cas"]["failed"] == 0
+    first, second = status["members"]
+    assert first["was"]["fetches"] == second["was"]["fetches"]
+    for name in ("calls", "rows_sent", "rows_served", "gemms"):
+        assert first["cas"][name] == second["cas"][name]
+
+
+# What happens to one process happens to its rank.
+
+REQUESTER, OWNER = 0, 1
+LONG = {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
+
+
+async def generate(started: sglang.Engine, at: int = 0, event: Any = None) -> list[int]:
+    """On the requester, token by token; `event()` when `at` tokens are there."""
+    stream = await started.async_generate(
+        input_ids=PROMPTS[0], sampling_params=LONG, routed_dp_rank=REQUESTER, stream=True
+    )
+    token_ids: list[int] = []
+    async for chunk in stream:
+        if event is not None and len(token_ids) < at <= len(chunk["output_ids"]):
+            event()
+        token_ids = chunk["output_ids"]
+    return token_ids
+
+
+def test_a_silent_member_of_an_owner_changes_no_token(running: Running) -> None:
+    """Its TP rank's requester computes by itself, the other one goes on sending."""
+    if running.case != AUTO:
+        pytest.skip("one engine is enough")
+    started = running.engine
+    expected = started.loop.run_until_complete(generate(started))
+    before = statuses(started)
+    victim = members(os.getpid())[OWNER, 1]
+
+    def stop() -> None:
+        victim.suspend()
+        started.loop.call_later(STOP_SECONDS, victim.resume)
+
+    try:
+        got = started.loop.run_until_complete(
+            asyncio.wait_for(generate(started, at=100, event=stop), 120.0)
+        )
+    finally:
+        victim.resume()
+    assert got == expected and len(got) == LONG["max_new_tokens"]
+    after = statuses(started)
+    fallbacks = [
+        new["cas"]["fallbacks"] - old["cas"]["fallbacks"]
+        for old, new in zip(before[REQUESTER]["members"], after[REQUESTER]["members"], strict=True)
+    ]
+    assert fallbacks[0] == 0 < fallbacks[1]
+    assert started.loop.run_until_complete(generate(started)) == expected
+    last = statuses(started)
+    for old, new in zip(after[REQUESTER]["members"], last[REQUESTER]["members"], strict=True):
+        assert new["cas"]["calls"] > old["cas"]["calls"], "both send again"
+    for tp_rank in range(SIZES["tp_size"]):
+        sent = last[REQUESTER]["members"][tp_rank]["cas"]["rows_sent"]
+        assert last[OWNER]["members"][tp_rank]["cas"]["rows_served"] == sent
+
+
+@pytest.mark.parametrize("victim", [(0, 1)], ids=str)
+def test_a_killed_tp_rank_ends_the_engine_with_its_name(
+    running: Running, victim: tuple[int, int]
+) -> None:
+    """The last test of an engine."""
+    started, process = running.engine, members(os.getpid())[victim]
+    running.traces.processes()
+    killed_at = 0.0
+
+    def kill() -> None:
+        nonlocal killed_at
+        killed_at = time.monotonic()
+        process.kill()
+
+    with pytest.raises(RankFailure) as caught:
+        started.loop.run_until_complete(
+            asyncio.wait_for(generate(started, at=50, event=kill), 120.0)
+        )
+    assert time.monotonic() - killed_at < END_SECONDS
+    dp_rank, tp_rank = victim
+    caught.match(
+        rf"^DP rank {dp_rank}, TP rank {tp_rank} \(pid {process.pid}\) was killed by SIGKILL"
+    )
+    with pytest.raises(RankFailure, match=f"TP rank {tp_rank}"):
+        started.generate(input_ids=PROMPTS[0], sampling_params=LONG)
+    running.traces.assert_nothing_left(0.0)
+
+
+@pytest.mark.thorough
+def test_many_requests_with_aborts_give_the_right_texts() -> None:
+    """Batches, prefixes, requests that are called back; all TP ranks stay in step."""
+    requests = make_requests(2)
+    faults = Disturbances(switch_every=4, decline=0.1, delay=0.05, delay_ms=20, seed=3)
+    with disturbed(faults), engine(CHECKPOINT, sidp=True, **SIZES) as started:
+        texts = run(started, requests)
+        states = statuses(started)
+    assert texts == [
+        None if request.is_aborted else solve(request.prompt)[: request.max_new_tokens]
+        for request in requests
+    ]
+    assert all(state["mode_switches"] > 5 for state in states)
+    for tp_rank in range(SIZES["tp_size"]):
+        counters = [state["members"][tp_rank]["cas"] for state in states]
+        sent = sum(counter["rows_sent"] for counter in counters)
+        assert sum(counter["rows_served"] for counter in counters) == sent > 0
+        assert all(counter["failed"] == 0 for counter in counters)
+    for state in states:
+        first, second = (member["cas"]["rows_sent"] for member in state["members"])
+        assert first == second
