@@ -9,7 +9,7 @@ from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
 from sidp_sgl.sglang_hooks.failures.reports import RankReports
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.status.metrics import Metrics
-from sidp_sgl.sglang_hooks.step.rank_steps import RankSteps
+from sidp_sgl.sglang_hooks.step.rank_steps import FollowerSteps, RankSteps
 from sidp_sgl.weightpool.pool import WeightPool
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -23,7 +23,7 @@ class SchedulerHooks:
         reports: RankReports,
         pool: WeightPool,
         waiting: WaitingRequests,
-        steps: RankSteps,
+        steps: RankSteps | FollowerSteps,
         metrics: Metrics | None,
     ) -> None:
         self.scheduler: Any = None  # SGLang's, once it is made

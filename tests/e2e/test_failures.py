@@ -51,13 +51,14 @@ def start_engine(model: Path) -> sglang.Engine:
 class Killer(threading.Thread):
     """Kills a rank of this process's engine while it starts."""
 
-    def __init__(self, traces: Traces) -> None:
+    def __init__(self, traces: Traces, num_processes: int = 2) -> None:
         super().__init__(daemon=True)
         self._traces = traces
+        self._num_processes = num_processes
         self.start()
 
     def run(self) -> None:
-        self.victim = wait_for_ranks(os.getpid(), 2, START_SECONDS)[1]
+        self.victim = wait_for_ranks(os.getpid(), self._num_processes, START_SECONDS)[-1]
         self._traces.processes()
         self.time = time.monotonic()
         self.victim.kill()

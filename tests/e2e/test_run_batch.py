@@ -79,6 +79,21 @@ def test_a_job_through_a_killed_rank_and_ctrl_c(
     assert "3 of them error records" in last_line and "WaS" in last_line
 
 
+@pytest.mark.thorough
+def test_a_job_goes_on_with_another_tp_size(tmp_path: Path) -> None:
+    sums = demo_lines(NUM_SUMS)
+    write_lines(tmp_path / "in", sums)
+    with run_batch(tmp_path, "--max-in-flight", "16") as first:
+        first.wait_for_records(20)
+        os.kill(first.process.pid, signal.SIGINT)
+        assert first.wait() == 130
+    assert 20 <= len(records(tmp_path / "out")) < NUM_SUMS
+    with run_batch(tmp_path, "--tp-size", "2") as second:
+        assert second.wait() == 0
+    texts = {record["custom_id"]: text_of(record) for record in records(tmp_path / "out")}
+    assert [texts[line["custom_id"]] for line in sums] == [solve(prompt_of(line)) for line in sums]
+
+
 def test_flags_of_sglang_are_checked_before_anything_starts(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", demo_lines(1))
     with run_batch(tmp_path, "--no-such-flag") as running:

@@ -8,6 +8,7 @@ import asyncio
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +18,10 @@ from bench.demo_job import CHECKPOINT
 from examples.demo_model.arithmetic import solve
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from tests.e2e.test_cas import make_requests, run
+from tests.e2e.test_failures import END_SECONDS as START_END_SECONDS
+from tests.e2e.test_failures import Killer
 from tests.e2e.test_parity import NEW_TOKENS, PROMPTS, SETTINGS, Model, Plain, plain_sglang
+from tests.support.checkpoints import write_checkpoint
 from tests.support.disturbances import Disturbances, disturbed
 from tests.support.engines import answer, engine, statuses
 from tests.support.traces import Traces, members, traced
@@ -34,14 +38,15 @@ class Case(NamedTuple):
     mode: str
     slots: int
     switch_every: int = 0
+    victim: tuple[int, int] = (0, 1)  # DP and TP rank, killed at the end
 
 
 AUTO = Case(Model("qwen3", 7, True), "linear", "auto", 1, switch_every=3)
 THOROUGH = [
-    Case(Model("llama", 8, False), "ffn", "was", 3),
+    Case(Model("llama", 8, False), "ffn", "was", 3, victim=(1, 1)),
     Case(Model("qwen3", 7, True), "linear", "was", 2),
-    Case(Model("llama", 7, False), "linear", "cas", 1),
-    Case(Model("qwen3", 8, True), "ffn", "auto", 2, switch_every=3),
+    Case(Model("llama", 7, False), "linear", "cas", 1, victim=(0, 0)),
+    Case(Model("qwen3", 8, True), "ffn", "auto", 2, switch_every=3, victim=(1, 0)),
 ]
 
 
@@ -187,12 +192,10 @@ def test_a_silent_member_of_an_owner_changes_no_token(running: Running) -> None:
         assert last[OWNER]["members"][tp_rank]["cas"]["rows_served"] == sent
 
 
-@pytest.mark.parametrize("victim", [(0, 1)], ids=str)
-def test_a_killed_tp_rank_ends_the_engine_with_its_name(
-    running: Running, victim: tuple[int, int]
-) -> None:
+def test_a_killed_tp_rank_ends_the_engine_with_its_name(running: Running) -> None:
     """The last test of an engine."""
-    started, process = running.engine, members(os.getpid())[victim]
+    started, victim = running.engine, running.case.victim
+    process = members(os.getpid())[victim]
     running.traces.processes()
     killed_at = 0.0
 
@@ -213,6 +216,23 @@ def test_a_killed_tp_rank_ends_the_engine_with_its_name(
     with pytest.raises(RankFailure, match=f"TP rank {tp_rank}"):
         started.generate(input_ids=PROMPTS[0], sampling_params=LONG)
     running.traces.assert_nothing_left(0.0)
+
+
+@pytest.mark.thorough
+def test_a_tp_rank_killed_while_starting(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path, "qwen3", num_layers=4)
+    with traced(SIDP_CPU_DEVICE_MEMORY="16MiB", PYTHONWARNINGS="ignore") as traces:
+        killer = Killer(traces, num_processes=4)
+        with pytest.raises(RankFailure) as caught:
+            sglang.Engine(
+                model_path=str(model), device="cpu", sidp=True, log_level="error", **SIZES
+            )
+        assert time.monotonic() - killer.time < START_END_SECONDS
+        caught.match(
+            rf"DP rank [01], TP rank [01] \(pid {killer.victim.pid}\) was killed by SIGKILL while "
+            "the engine was starting"
+        )
+        traces.assert_nothing_left(0.0)
 
 
 @pytest.mark.thorough

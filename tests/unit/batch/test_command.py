@@ -120,7 +120,9 @@ def test_other_settings_are_refused(job: Path, engines: list[Process], capsys) -
 
 def test_how_the_engine_is_spread_may_change(job: Path) -> None:
     assert run(job, "--dp-size", "2") == 0
-    assert run(job, "--dp-size", "4", "--retry-errors", "--max-restarts", "9") == 0
+    assert (
+        run(job, "--dp-size", "4", "--tp-size", "2", "--retry-errors", "--max-restarts", "9") == 0
+    )
 
 
 def test_a_file_of_something_else_is_not_touched(job: Path, capsys) -> None:
