@@ -6,6 +6,7 @@ the step of one plain rank alone at batch 1, for WaS and auto alike.
 
 Three engines are up at once: plain DP, SiDP with SGLang's dispatcher, which plain DP has, and SiDP
 with its own. WaS only and auto are the same engine, whose batch threshold is set before each job.
+With `--tp` all have that TP size, and every TP rank's link carries its part of the bytes.
 About 20 GB of memory, ten minutes on two cores.
 """
 
@@ -78,6 +79,7 @@ def start(stack: ExitStack, engine: str, gbps: float | None, args: argparse.Name
     keywords: dict[str, Any] = {
         "model_path": str(CHECKPOINT),
         "dp_size": args.dp_size,
+        "tp_size": args.tp,
         "skip_tokenizer_init": True,
         **KEYWORDS,
     }
@@ -101,7 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         # The fastest: a step that was disturbed would make the link too slow.
         steps = [run_steps(sides["plain"], 1, 48, [0], args.seed) for _ in range(6)]
         first_step = min(step.seconds for step in steps)
-        gbps = args.link_gbps or link_gbps(args.dp_size, FETCH_OVER_STEP * first_step)
+        gbps = args.link_gbps or link_gbps(args.dp_size, FETCH_OVER_STEP * first_step) / args.tp
         for engine in ("round_robin", "sidp"):  # one after another: they calibrate
             sides[engine] = start(stack, engine, gbps, args)
         for side in sides.values():  # warm-up
@@ -242,6 +244,7 @@ def draw(name: str, rows: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dp-size", type=int, default=4)
+    parser.add_argument("--tp", type=int, default=1, help="TP size of every side")
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--input-tokens", type=int, default=32)
     parser.add_argument("--median-tokens", type=float, default=24.0, help="of the output lengths")
@@ -260,10 +263,11 @@ def main() -> None:
         "output_lengths": lengths,
         "sides": {name: row_of(name, runs) for name in RUNS},
     }
-    name = "tail" if args.repeats >= REPEATS else "tail_quick"
+    name = "tail" if args.tp == 1 else f"tail_tp{args.tp}"
+    name += "" if args.repeats >= REPEATS else "_quick"
     record(name, results)
     draw(name, results["sides"])
-    fetch = fetched_bytes(args.dp_size) / results["link_gbps"] / 1e6
+    fetch = fetched_bytes(args.dp_size) / args.tp / results["link_gbps"] / 1e6
     print(f"Outputs of {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all.", end=" ")
     print(f"The fetches of a step take {fetch:.1f} ms ({results['link_gbps']:.3f} GB/s per link).")
     print(plain(*table(results)))
