@@ -127,6 +127,7 @@ class Rank:
                 self.service_share,
             )
         self.cas: CasEndpoint | None = None
+        self.cas_counters = no_counters
         self.execution = UnitExecution(self.pool)
         self.offloader = PoolOffloader(
             self.pool,
@@ -170,6 +171,7 @@ class Rank:
         num_pool = len(descriptors)
         if self.config.sidp_mode != "was":
             self.cas = self._cas_endpoint(units)
+            self.cas_counters = self.cas.counters
             descriptors = descriptors + self.cas.mailbox.export()
         own = Offer(self.member, self.fingerprint(), self.pool.offer(), descriptors)
         for rank, offer in exchange(self.config.group, own, self.dp_size).items():
@@ -205,11 +207,8 @@ class Rank:
             "tp_rank": self.member.tp_rank,
             "owned_bytes": self.pool.placement.owned_bytes(self.dp_rank),
             "was": asdict(self.pool.prefetcher.counters),
-            "cas": self._cas_counters(),
+            "cas": self.cas_counters(),
         }
-
-    def _cas_counters(self) -> dict[str, Any]:
-        return no_counters() if self.cas is None else self.cas.counters()
 
     def status(self) -> Status:
         """What TP rank 0 says of its rank, once its scheduler is made."""
@@ -249,5 +248,5 @@ class Rank:
             mode_switch_reasons=dict(modes.policy.reasons),
             was=WasStatus(**asdict(pool.prefetcher.counters)),
             iterations=StepsStatus(**modes.steps),
-            cas=CasStatus(**control.cas_figures(), **self._cas_counters()),
+            cas=CasStatus(**control.cas_figures(), **self.cas_counters()),
         )
