@@ -5,7 +5,7 @@ platform's own hooks.
 """
 
 import threading
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from msgspec import structs
@@ -47,6 +47,7 @@ from sidp_sgl.weightpool.cas.endpoint import CasEndpoint, no_counters
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
+from sidp_sgl.weightpool.placement import DEFAULT_SLOTS, Placement
 from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.transport.devices import make_mailbox, make_transport
 
@@ -105,15 +106,14 @@ class Rank:
         # Units are captured before SGLang replaces its GEMMs by batch-invariant ones.
         self.graphs = has_graphs and not get_exec().deterministic.enable_deterministic_inference
         self.model_config = model_config_of(server_args)
-        planned = refusals.planned_placement(
-            config, self.model_config.num_hidden_layers, self.dp_size
+        placement = Placement(
+            self.dp_size,
+            config.sidp_cache_slots or DEFAULT_SLOTS,
+            config.sidp_placement,
+            self.model_config.num_hidden_layers,
         )
         rate = None if config.sidp_link_gbps is None else config.sidp_link_gbps * 1e9
-        self.pool = WeightPool(
-            make_transport(self.device, rate),
-            self.dp_rank,
-            replace(planned, blocks=()),  # they come as the model is built
-        )
+        self.pool = WeightPool(make_transport(self.device, rate), self.dp_rank, placement)
         self.service_share = ServiceShare()
         self.control: ControlPlane | None = None  # on TP rank 0
         if member.tp_rank == 0:
@@ -121,7 +121,6 @@ class Rank:
                 config,
                 self.dp_rank,
                 self.dp_size,
-                planned.asked(self.dp_rank),
                 config.group,
                 ROWS_PER_RANK,
                 self.service_share,
@@ -173,6 +172,8 @@ class Rank:
             self.cas = self._cas_endpoint(units)
             self.cas_counters = self.cas.counters
             descriptors = descriptors + self.cas.mailbox.export()
+            if self.control is not None:
+                self.control.modes.leases.need(self.pool.placement.asked(self.dp_rank))
         own = Offer(self.member, self.fingerprint(), self.pool.offer(), descriptors)
         for rank, offer in exchange(self.config.group, own, self.dp_size).items():
             theirs = offer.file_descriptors
@@ -185,7 +186,8 @@ class Rank:
         return self.execution
 
     def _cas_endpoint(self, units: list[PooledUnit]) -> CasEndpoint:
-        staging = make_staging((unit.row_bytes for unit in units), self.dp_size)
+        num_stripes = self.pool.placement.num_stripes
+        staging = make_staging((unit.row_bytes for unit in units), self.dp_size, num_stripes)
         transport = self.pool.transport
         mailbox = make_mailbox(transport, self.dp_rank, self.dp_size, staging, self.graphs)
         owned = [unit for unit in units if self.pool.owns(unit.block)]

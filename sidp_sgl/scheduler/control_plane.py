@@ -4,7 +4,6 @@ It lives on TP rank 0; what it decides is shared with the others.
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from sidp_sgl.config import SidpConfig
@@ -19,14 +18,13 @@ from sidp_sgl.scheduler.modes.step_modes import StepModes
 
 
 class ControlPlane:
-    """`owners`: the ranks that this one needs in a CaS step. `max_rows`: of a rank's CaS step."""
+    """`max_rows`: of a rank's CaS step."""
 
     def __init__(
         self,
         config: SidpConfig,
         rank: int,
         num_ranks: int,
-        owners: Sequence[int],
         engine: str,
         max_rows: int,
         share: ServiceShare,
@@ -41,7 +39,7 @@ class ControlPlane:
         threshold = config.sidp_batch_threshold
         self.modes = StepModes(
             ModePolicy(config.sidp_mode),
-            LeaseClient(rank, engine, owners),
+            LeaseClient(rank, engine, [n for n in range(num_ranks) if n != rank]),
             max_rows,
             None if isinstance(threshold, str) else threshold,
         )

@@ -23,15 +23,15 @@ class Placement:
     """The blocks of one group of `num_ranks`, and the slots of a rank.
 
     `kind`: `interleaved` gives every block to the rank that owns the fewest bytes so far, which is
-    block mod d where all blocks are alike; `contiguous` gives each rank one run, of as many blocks
-    as the others' or one more, and needs to know `num_blocks`. The owner of a block follows from
-    the blocks before it, so that a model can be placed while it is built.
+    block mod d where all blocks are alike; `contiguous` gives each rank one run of layers, as many
+    as the others' or one more, and needs to know `num_layers`. The owner of a block follows from
+    its layer and the blocks before it, so that a model can be placed while it is built.
     """
 
     num_ranks: int
     num_slots: int = DEFAULT_SLOTS  # of a rank; no rank has more of them than blocks to fetch
     kind: str = "interleaved"
-    num_blocks: int = 0  # that there will be
+    num_layers: int = 0  # that there will be, with any number of blocks each
     blocks: tuple[tuple[Stripe, ...], ...] = ()
 
     @classmethod
@@ -42,19 +42,20 @@ class Placement:
         num_slots: int | None = None,
         kind: str = "interleaved",
     ) -> "Placement":
-        """Of blocks of these sizes, each with one stripe."""
+        """Of blocks of these sizes, one per layer, each with one stripe."""
         sizes, owned = list(block_bytes), [0] * num_ranks
         stripes = []
-        for block, size in enumerate(sizes):
-            owner = _next_owner(kind, block, len(sizes), owned)
+        for layer, size in enumerate(sizes):
+            owner = _next_owner(kind, layer, len(sizes), owned)
             owned[owner] += size
             stripes.append((Stripe(owner, 0, size),))
         return cls(num_ranks, num_slots or DEFAULT_SLOTS, kind, len(sizes), tuple(stripes))
 
-    def with_block(self, num_bytes: int) -> "Placement":
-        """With one more block at the end of the forward pass, in one stripe."""
+    def with_block(self, num_bytes: int, layer: int) -> "Placement":
+        """With one more block at the end of the forward pass, in one stripe. `layer`: that it
+        belongs to, or lies behind."""
         owned = [self.owned_bytes(rank) for rank in range(self.num_ranks)]
-        owner = _next_owner(self.kind, len(self.blocks), self.num_blocks, owned)
+        owner = _next_owner(self.kind, layer, self.num_layers, owned)
         return replace(self, blocks=(*self.blocks, (Stripe(owner, 0, num_bytes),)))
 
     def with_stripes(self, block: int, stripes: Iterable[Stripe]) -> "Placement":
@@ -118,6 +119,11 @@ class Placement:
     # Of the group.
 
     @property
+    def num_stripes(self) -> int:
+        """Of the block that has most of them."""
+        return max(map(len, self.blocks), default=0)
+
+    @property
     def pooled_bytes(self) -> int:
         return sum(stripe.num_bytes for stripes in self.blocks for stripe in stripes)
 
@@ -127,14 +133,14 @@ class Placement:
         return max(len(self.fetched(rank)) for rank in range(self.num_ranks))
 
 
-def _next_owner(kind: str, block: int, num_blocks: int, owned_bytes: list[int]) -> int:
-    """Owner of the next `block`; `owned_bytes` of every rank so far."""
+def _next_owner(kind: str, layer: int, num_layers: int, owned_bytes: list[int]) -> int:
+    """Owner of the next block, in `layer`; `owned_bytes` of every rank so far."""
     if kind == "interleaved":
         return owned_bytes.index(min(owned_bytes))
     if kind == "contiguous":
-        shorter, num_longer = divmod(num_blocks, len(owned_bytes))
+        shorter, num_longer = divmod(num_layers, len(owned_bytes))
         boundary = num_longer * (shorter + 1)
-        if block < boundary:
-            return block // (shorter + 1)
-        return num_longer + (block - boundary) // max(shorter, 1)
+        if layer < boundary:
+            return layer // (shorter + 1)
+        return num_longer + (layer - boundary) // max(shorter, 1)
     raise ValueError(f"unknown placement {kind!r}")

@@ -36,9 +36,9 @@ class WeightPool:
     _step: CapturedStep | None = None
     _captured: CapturedStep | None = None  # the same, while a step is captured into a CUDA graph
 
-    def add_block(self, num_bytes: int) -> int:
-        """The next block of the forward pass; returns its index."""
-        self.placement = self.placement.with_block(num_bytes)
+    def add_block(self, num_bytes: int, layer: int) -> int:
+        """The next block of the forward pass, in or behind `layer`; returns its index."""
+        self.placement = self.placement.with_block(num_bytes, layer)
         return len(self.placement.blocks) - 1
 
     def owns(self, block: int) -> bool:

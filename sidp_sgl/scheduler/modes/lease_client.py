@@ -9,14 +9,18 @@ from sidp_sgl.scheduler.modes.negotiation import Negotiation
 
 
 class LeaseClient:
-    """`owners`: the ranks that this one needs in a CaS step. For the scheduler's thread."""
+    """`ranks`: the others of the group. For the scheduler's thread."""
 
-    def __init__(self, rank: int, engine: str, owners: Sequence[int]) -> None:
-        self.negotiation = Negotiation(rank, owners)
+    def __init__(self, rank: int, engine: str, ranks: Sequence[int]) -> None:
+        self.negotiation = Negotiation(rank, ranks)
         self.silences = 0  # requests whose answers did not come in time
         self.wait_seconds = 0.0
         self.inbox = bus.Inbox(bus.answers_address(engine, rank))
-        self.outbox = bus.Outbox({n: bus.requests_address(engine, n) for n in owners})
+        self.outbox = bus.Outbox({n: bus.requests_address(engine, n) for n in ranks})
+
+    def need(self, owners: Sequence[int]) -> None:
+        """Ask no others than `owners` from now on: those that a CaS step needs."""
+        self.negotiation.owners = tuple(owners)
 
     def ask(self, rows: int) -> None:
         """Ask all owners to lease `rows` staging rows for the next step."""

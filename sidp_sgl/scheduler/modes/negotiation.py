@@ -18,7 +18,7 @@ class Negotiation:
     def __init__(self, rank: int, owners: Sequence[int]) -> None:
         self.requests = self.granted = self.declined = self.stale = 0
         self._rank = rank
-        self._owners = tuple(owners)
+        self.owners = tuple(owners)
         self._step = 0
         self._close()
 
@@ -40,13 +40,13 @@ class Negotiation:
         self._step += 1
         self.requests += 1
         self._count_if_granted()  # a rank that asks nobody has all it needs
-        return [(owner, LeaseRequest(self._rank, self._step, rows)) for owner in self._owners]
+        return [(owner, LeaseRequest(self._rank, self._step, rows)) for owner in self.owners]
 
     def on_message(self, message: LeaseGrant | LeaseDecline) -> list[tuple[int, LeaseRelease]]:
         """Take an owner's answer. Returns (owner, message) pairs to send."""
         owner, step = message.owner, message.step
         # A step that was not begun yet must never be released: that would close it.
-        is_own = message.rank == self._rank and owner in self._owners and step <= self._step
+        is_own = message.rank == self._rank and owner in self.owners and step <= self._step
         if is_own and not self._is_current:
             self.stale += 1
             is_lease = isinstance(message, LeaseGrant)
@@ -74,7 +74,7 @@ class Negotiation:
         if not self._is_current:
             return []
         self._close()
-        return [(owner, LeaseRelease(self._rank, self._step)) for owner in self._owners]
+        return [(owner, LeaseRelease(self._rank, self._step)) for owner in self.owners]
 
     @property
     def is_decided(self) -> bool:
@@ -83,7 +83,7 @@ class Negotiation:
 
     @property
     def is_granted(self) -> bool:
-        return self._is_current and len(self._offsets) == len(self._owners)
+        return self._is_current and len(self._offsets) == len(self.owners)
 
     @property
     def rows(self) -> int:

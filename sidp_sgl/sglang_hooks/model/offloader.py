@@ -32,10 +32,11 @@ MeetPeers = Callable[[list[PooledUnit]], UnitExecution]
 
 @dataclass(frozen=True)
 class _Block:
-    """The units of one block, all in `layer`."""
+    """The units of one block, named from the module `root` on."""
 
-    layer: nn.Module
+    root: nn.Module
     units: list[Unit]
+    layer: int  # that it belongs to
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return dict(placeholders.named_tensors([(unit.name, unit.module) for unit in self.units]))
@@ -72,8 +73,7 @@ class PoolOffloader(BaseOffloader):
 
     def owned_layers(self) -> list[int]:
         """Decoder layers of which this rank owns a block."""
-        owned = {id(self._blocks[block].layer) for block in self._layouts}
-        return [index for index, layer in enumerate(self._layers) if id(layer) in owned]
+        return sorted({self._blocks[block].layer for block in self._layouts})
 
     def wrap_modules(
         self, all_modules_generator: Iterable[nn.Module], *_: Any, **__: Any
@@ -83,11 +83,11 @@ class PoolOffloader(BaseOffloader):
         for index, layer in enumerate(all_modules_generator):
             self._layers.append(layer)
             for units in find_blocks(layer, index, self._pooled_units):
-                self._add_block(_Block(layer, units))
-        expected = self._pool.placement.num_blocks
-        if len(self._blocks) != expected:
+                self._add_block(_Block(layer, units, index))
+        expected = self._pool.placement.num_layers
+        if len(self._layers) != expected:
             raise SidpError(
-                f"--sidp: the model has {len(self._blocks)} layers where its config says {expected}"
+                f"--sidp: the model has {len(self._layers)} layers where its config says {expected}"
             )
         if self._loads_in_place:
             self._own_blocks()
@@ -97,12 +97,12 @@ class PoolOffloader(BaseOffloader):
         """While the model is built: no rank ever holds more than its own blocks and one more."""
         tensors = block.tensors()
         layout = make_layout(tensors.items())
-        index = self._pool.add_block(layout.num_bytes)
+        index = self._pool.add_block(layout.num_bytes, block.layer)
         self._blocks.append(block)
         if not self._pool.owns(index):
             self._placeholder_modules.update(id(unit.module) for unit in block.units)
             for name, tensor in tensors.items():
-                placeholders.make_placeholder(block.layer, name, tensor)
+                placeholders.make_placeholder(block.root, name, tensor)
             return
         self._layouts[index] = layout
         if self._loads_in_place:
@@ -114,11 +114,11 @@ class PoolOffloader(BaseOffloader):
         """Let own tensors be views of the rank's blocks."""
         self._memory = self._pool.own(self._layouts)
         for index, layout in self._layouts.items():
-            layer = self._blocks[index].layer
+            root = self._blocks[index].root
             for spec in layout.tensors:
                 view = spec.view(self._memory[index])
                 module, _, leaf = spec.name.rpartition(".")
-                tensor = getattr(layer.get_submodule(module), leaf)
+                tensor = getattr(root.get_submodule(module), leaf)
                 if tensor.numel():
                     view.copy_(tensor)
                 tensor.data = view
@@ -167,7 +167,7 @@ class PoolOffloader(BaseOffloader):
     def _view(self, block: _Block, layout: BlockLayout, views: dict[str, torch.Tensor]) -> None:
         for spec in layout.tensors:
             view = views[spec.name]
-            placeholders.view_pool(block.layer, spec.name, view, is_parameter=spec.is_parameter)
+            placeholders.view_pool(block.root, spec.name, view, is_parameter=spec.is_parameter)
 
     def _adopt(self, block: _Block, layout: BlockLayout, views: dict[str, torch.Tensor]) -> None:
         """Another rank's block takes the form that its owner's has, whatever it was built as."""
@@ -176,7 +176,7 @@ class PoolOffloader(BaseOffloader):
                 raise SidpError(f"--sidp: {name} of another rank's layer was materialised")
             self.unmaterialised += 1
             if name not in {spec.name for spec in layout.tensors}:
-                placeholders.remove(block.layer, name)
+                placeholders.remove(block.root, name)
         self._view(block, layout, views)
 
     def _pooled_unit_list(self) -> list[PooledUnit]:

@@ -61,8 +61,8 @@ def test_a_model_can_be_placed_while_it_is_built(
 ) -> None:
     placement = whole = Placement.of(sizes, num_ranks, kind=kind)
     placement = replace(placement, blocks=())
-    for size in sizes:
-        placement = placement.with_block(size)
+    for layer, size in enumerate(sizes):
+        placement = placement.with_block(size, layer)
         assert placement.blocks == whole.blocks[: len(placement.blocks)]
     assert placement == whole
 

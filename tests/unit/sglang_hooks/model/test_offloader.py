@@ -12,6 +12,7 @@ from torch import nn
 
 from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.model.offloader import PoolOffloader
+from sidp_sgl.sglang_hooks.model.units import Unit
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.placement import Placement
 from sidp_sgl.weightpool.pool import WeightPool
@@ -34,7 +35,7 @@ class Rank:
 
     def __init__(self, number: int, *, loads_in_place: bool) -> None:
         self.pool = WeightPool(
-            ShmTransport(), number, Placement(2, num_slots=1, num_blocks=NUM_LAYERS)
+            ShmTransport(), number, Placement(2, num_slots=1, num_layers=NUM_LAYERS)
         )
         self.offloader = PoolOffloader(self.pool, "ffn", self._meet, loads_in_place=loads_in_place)
         self.peers: list[Rank] = []
@@ -187,8 +188,41 @@ def test_others_take_over_the_form_that_their_owner_has_after_loading() -> None:
 @pytest.mark.parametrize("num_layers", [3, 5])
 def test_a_model_with_other_layers_than_its_config_says_is_refused(num_layers: int) -> None:
     transport = ShmTransport()
-    pool = WeightPool(transport, 0, Placement(2, num_slots=1, num_blocks=NUM_LAYERS))
+    pool = WeightPool(transport, 0, Placement(2, num_slots=1, num_layers=NUM_LAYERS))
     offloader = PoolOffloader(pool, "ffn", lambda units: pytest.fail("nobody to meet"))
     with pytest.raises(SidpError, match=f"{num_layers} layers where its config says 4"):
         offloader.wrap_modules(make_layers(num_layers))
     transport.close()
+
+
+def test_layers_have_any_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None in the first layer, two in the second, one in the others."""
+    monkeypatch.setattr(
+        "tests.unit.sglang_hooks.model.test_offloader.make_layers",
+        lambda: iter(
+            [module(), module(mlp=Ffn(), mlp2=Ffn()), module(mlp=Ffn()), module(mlp=Ffn())]
+        ),
+    )
+    monkeypatch.setattr(
+        "sidp_sgl.sglang_hooks.model.offloader.find_blocks",
+        lambda layer, index, pool: [[Unit(n, m)] for n, m in layer.named_children()],
+    )
+    with ranks() as both:
+        modules = [[m for layer in rank.layers for m in layer.children()] for rank in both]
+        for block in range(4):
+            for name, parameter in modules[OWNERS[block]][block].named_parameters():
+                parameter.data.copy_(values(block, name, parameter.shape))
+        start(both)
+        assert [rank.offloader.owned_layers() for rank in both] == [[1, 2], [1, 3]]
+        rows = torch.arange(24).view(3, 8) % 5 - 2.0
+        for block in range(4):
+            outputs = [each[block](rows) for each in modules]
+            assert outputs[0].any() and torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(("kind", "owners"), [("interleaved", "0101"), ("contiguous", "0011")])
+def test_blocks_of_a_layer_and_behind_the_last_have_owners(kind: str, owners: str) -> None:
+    placement = Placement(2, kind=kind, num_layers=4)
+    for layer in (1, 1, 3, 3):
+        placement = placement.with_block(8, layer)
+    assert "".join(str(placement.owners(block)[0]) for block in range(4)) == owners
