@@ -79,7 +79,7 @@ class Generate:
 def run(
     dataset: "ray.data.Dataset", engines: int, batch_size: int, **engine: Any
 ) -> "ray.data.Dataset":
-    """`dataset` with a column `prompt` → the same with `output` and `error`, empty where all is well.
+    """`dataset` with a column `prompt` → the same with `output` and `error` (empty if all is well).
 
     `engine`: keywords of `sgl.Engine`.
     """

@@ -31,7 +31,7 @@ def results() -> Iterator[list[dict[str, Any]]]:
         monkeypatch.setenv("SIDP_CPU_DEVICE_MEMORY", "64MiB")
         ray.init(num_cpus=2, include_dashboard=False)
         try:
-            rows = run(
+            dataset = run(
                 ray.data.from_items([{"prompt": prompt} for prompt in prompts]),
                 engines=2,
                 batch_size=8,
@@ -39,7 +39,8 @@ def results() -> Iterator[list[dict[str, Any]]]:
                 device="cpu",
                 dp_size=2,
                 random_seed=1,
-            ).iter_rows()
+            )
+            rows = iter(dataset.iter_rows())
             first = next(rows)
             main_pid = int(first["engine"].rpartition(":")[2])
             ranks(main_pid)[1].kill()  # SIGKILL; its engine has other rows to answer by now
