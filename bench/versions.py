@@ -1,15 +1,15 @@
 """Is this tree as fast as commit BASE? Both in one run, side by side, alternating.
 
-    python -m bench.versions BASE [--only was cas demo] [--rounds N] [--starts N] [--quick]
+    python -m bench.versions BASE [--only was linear cas demo] [--rounds N] [--starts N] [--quick]
 
 BASE is checked out as a git worktree in a temporary folder, which goes when the run ends, and runs
-in this Python environment. Measured are decode steps at a constant batch with `sidp_mode` was and
-cas (two ranks, link not paced: what differs is the engine's own work), and the job of
-examples/demo.py. For each of them one engine per side is up; only one has requests at a time, the
-other's ranks sleep, and every round begins with the other side. A round's ratio is the time of this
-tree over that of BASE, per step or per token; the median over the rounds may be up to 1.03. Beside
-it stands the ratio of the processor time that all processes had for it: where others use the cores
-as well it says more, but it does not see waiting.
+in this Python environment. Measured are decode steps at a constant batch with `sidp_mode` was
+(pools `ffn` and `linear`) and cas (two ranks, link not paced: what differs is the engine's own
+work), and the job of examples/demo.py. For each of them one engine per side is up; only one has
+requests at a time, the other's ranks sleep, and every round begins with the other side. A round's
+ratio is the time of this tree over that of BASE, per step or per token; the median over the rounds
+may be up to 1.03. Beside it stands the ratio of the processor time that all processes had for it:
+where others use the cores as well it says more, but it does not see waiting.
 
 Two engines of the same code may differ by some percent for as long as they live, so `--starts`
 pairs are started one after the other, each time another side first, and the median is over the
@@ -71,7 +71,7 @@ class Measurement:
     run: Callable[[Side], Taken]
 
 
-def decode_steps(mode: str) -> Measurement:
+def decode_steps(mode: str, pool: str = "ffn") -> Measurement:
     batch, ranks = BATCHES[mode], [0, 1]
 
     def run(side: Side) -> Taken:
@@ -81,7 +81,8 @@ def decode_steps(mode: str) -> Measurement:
         all_steps = steps.was_steps + steps.cas_steps
         return Taken(1e3 * steps.seconds, 1e3 * steps.cpu_seconds / all_steps)
 
-    keywords = {"dp_size": 2, "skip_tokenizer_init": True, "sidp_mode": mode, **KEYWORDS}
+    sidp = {"sidp_mode": mode, "sidp_pool": pool}
+    keywords = {"dp_size": 2, "skip_tokenizer_init": True, **sidp, **KEYWORDS}
     environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": "256MB"}
     return Measurement("step", environment, keywords, run)
 
@@ -102,6 +103,7 @@ def demo_job(num_problems: int) -> Measurement:
 def measurements(quick: bool) -> dict[str, Measurement]:
     return {
         "was": decode_steps("was"),
+        "linear": decode_steps("was", "linear"),
         "cas": decode_steps("cas"),
         "demo": demo_job(demo.NUM_PROBLEMS // 4 if quick else demo.NUM_PROBLEMS),
     }

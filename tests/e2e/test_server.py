@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from bench.demo_job import CHECKPOINT
 from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
 from sidp_sgl.scheduler.status import METRICS, VALUES
+from tests.support.dashboard import ACCEPT, QUERIES, VARIABLES, exposed, selectors, selects
 from tests.support.server import Server
 from tests.support.traces import Traces, ranks, traced
 
@@ -109,6 +110,15 @@ def test_metrics_are_the_status_of_every_rank(running: Server) -> None:
         time.sleep(0.5)  # they are published once a second
     assert expected.items() <= series.items(), expected.items() - series.items()
     assert series["sglang:sidp_was_bytes_total", 0, None] > 0
+
+
+def test_the_dashboard_finds_every_series_whoever_scrapes(running: Server) -> None:
+    asked = [selectors(query) for query in [*QUERIES, *VARIABLES]]
+    for accept in ACCEPT.values():
+        with running.open("/metrics", accept=accept) as response:
+            series = exposed(response.read().decode())
+        for query in asked:
+            assert any(selects(selector, each) for selector in query for each in series), query
 
 
 def cas_steps(running: Server) -> int:

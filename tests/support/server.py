@@ -47,9 +47,9 @@ class Server:
         """Until it has ended; what it has written to stderr."""
         return self.process.communicate(timeout=seconds)[1]
 
-    def open(self, path: str, body: Any = None, timeout: float = 120.0) -> Any:
+    def open(self, path: str, body: Any = None, timeout: float = 120.0, accept: str = "*/*") -> Any:
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept": accept}
         request = urllib.request.Request(self.url + path, data, headers)
         return urllib.request.urlopen(request, timeout=timeout)
 

@@ -1,12 +1,9 @@
-"""A rank's status: the numbers and the log line that follow from it, the dashboard, the page."""
+"""A rank's status: the numbers and the log line that follow from it, the page."""
 
-import json
-import re
 from pathlib import Path
 
 from bench.status_table import table
 from sidp_sgl.scheduler.status import (
-    COUNTER,
     METRICS,
     PREFIX,
     VALUES,
@@ -57,18 +54,6 @@ def test_the_log_line_tells_of_cas_where_there_was_some() -> None:
     assert line.text(status_dict(iterations=steps, cas=cas)) == (
         f"sidp: was, {nothing}, served 3 rows"
     )
-
-
-def test_the_dashboard_shows_metrics_that_exist() -> None:
-    dashboard = json.loads((ROOT / "examples/monitoring/sidp-dashboard.json").read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    used = set(re.findall(r"sglang:sidp_\w+", " ".join(queries)))
-    kinds = {metric.series: metric.about.kind for metric in METRICS}
-    assert used and used <= kinds.keys()
-    for query in queries:  # a counter's rate, a gauge's value
-        rated = set(re.findall(r"(?:rate|increase)\((sglang:sidp_\w+)", query))
-        counters = {n for n in re.findall(r"sglang:sidp_\w+", query) if kinds[n] == COUNTER}
-        assert rated == counters, query
 
 
 def test_the_page_has_the_table_as_it_is_now() -> None:
