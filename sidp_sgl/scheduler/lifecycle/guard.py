@@ -26,6 +26,8 @@ from sidp_sgl.scheduler.lifecycle.liveness import (
     Message,
     Pooled,
     RankFailure,
+    Unguarded,
+    UnguardedScript,
     describe_exit,
     watch_process,
 )
@@ -78,6 +80,8 @@ class Guard:
                     self._state.notify_all()
             case Failed(member, reason):
                 self.fail(f"{member or 'a rank'} failed", f": {reason}")
+            case Unguarded():
+                self._fail_with(UnguardedScript())
             case Exited(member, pid, exitcode):
                 self._lifeline.wait_for_last_message(pid, _LAST_MESSAGE_SECONDS)
                 self._on_exit(str(member), pid, exitcode)
@@ -104,10 +108,13 @@ class Guard:
     def fail(self, event: str, details: str) -> None:
         """End the engine, from any thread; only the first event counts."""
         phase = "running" if self.is_ready else "starting"
+        self._fail_with(RankFailure(f"{event} while the engine was {phase}{details}"))
+
+    def _fail_with(self, failure: RankFailure) -> None:
         with self._state:
             if self.failure is not None or self.is_closed:
                 return
-            self.failure = RankFailure(f"{event} while the engine was {phase}{details}")
+            self.failure = failure
             self._announce(self.failure)
             self._state.notify_all()
         threading.Thread(target=self._end, daemon=True).start()
@@ -163,7 +170,8 @@ class Guard:
 
     def _new_failure(self) -> RankFailure:
         """A fresh exception per raise: an exception object collects tracebacks."""
-        return RankFailure(str(self.failure))
+        is_script = isinstance(self.failure, UnguardedScript)
+        return UnguardedScript() if is_script else RankFailure(str(self.failure))
 
     def explanation(self) -> RankFailure | None:
         """The failure behind an error of the start; None where the engine's processes all live."""
