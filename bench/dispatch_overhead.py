@@ -32,7 +32,7 @@ def measure(queued: int, prompt_tokens: int, ranks: int, seed: int) -> dict[str,
         array("q", random_.choice(headers) + [random_.randrange(50_000) for _ in range(50)])
         for _ in range(2000)
     ]
-    dispatcher = Dispatcher(ranks)
+    dispatcher = Dispatcher(ranks, is_job=True)
     begun = time.perf_counter()
     for number in range(queued):
         prompt = prompts[number % len(prompts)]

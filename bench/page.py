@@ -12,6 +12,7 @@ from typing import Any
 from bench import (
     batch_memory,
     dispatch_overhead,
+    fairness,
     growth,
     iteration_report,
     methods,
@@ -146,6 +147,13 @@ SECTIONS = (
         "Dispatch: long-tailed outputs",
         "Idle: share of the ranks' time without a request, to the end of the job.",
         (methods.table,),
+    ),
+    Section(
+        "fairness",
+        "Dispatch: who waits on an overloaded server",
+        "Time to first token of clients that ask again as soon as they have their answer, several "
+        "times as many as run at once; prompts behind eight headers. SiDP on both sides.",
+        (fairness.table,),
     ),
     Section(
         "dispatch_overhead",

@@ -40,6 +40,7 @@ BENCHES = (
     Bench("scale", 3, 6),
     Bench("prefix_dispatch", 14, 9),
     Bench("makespan", 14, 4),
+    Bench("fairness", 10, 12),
     Bench("dispatch_overhead", 2, 2),
     Bench("batch_memory", 2, 3),
     Bench("peers", 32, 30, gpus=2),

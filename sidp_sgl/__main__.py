@@ -10,7 +10,8 @@ import sys
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m sidp_sgl MODULE [its flags, and those of SiDP]")
+        print("usage: python -m sidp_sgl MODULE [its flags, and those of SiDP]", file=sys.stderr)
+        sys.exit(2)
     from sglang.srt.plugins import load_plugins
 
     load_plugins()

@@ -21,7 +21,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 where the user has to change something, said in one line."""
-    command, *rest = sys.argv[1:] if arguments is None else arguments or ("",)
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ("",)
     if command in ("", "-h", "--help"):
         print(_help())
         return 0 if command else 2

@@ -79,6 +79,7 @@ class SidpConfig:
     )
     group: str = ""
     own_dispatch: bool = True  # `--load-balance-method sidp`: the default with --sidp
+    is_server: bool = False  # requests are those of many users, not of the program's own
 
     @classmethod
     def flags(cls) -> dict[str, dict[str, Any]]:
@@ -121,11 +122,10 @@ class SidpConfig:
                 )
         return replace(self, sidp_batch_threshold=threshold)
 
-    def of_engine(self, group: str, load_balance_method: str) -> "SidpConfig":
-        """With what one engine adds: its name, and who dispatches."""
-        return replace(
-            self, group=group, own_dispatch=load_balance_method in ("auto", OWN_DISPATCH)
-        )
+    def of_engine(self, group: str, load_balance_method: str, is_server: bool) -> "SidpConfig":
+        """With what one engine adds: its name, who dispatches, and whose requests."""
+        own_dispatch = load_balance_method in ("auto", OWN_DISPATCH)
+        return replace(self, group=group, own_dispatch=own_dispatch, is_server=is_server)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -23,7 +23,7 @@ from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
 from sidp_sgl.scheduler.member import Member
 from sidp_sgl.scheduler.modes.service_share import ServiceShare
 from sidp_sgl.scheduler.status import CasStatus, DispatchStatus, Status, StepsStatus, WasStatus
-from sidp_sgl.sglang_hooks import arguments, refusals, required
+from sidp_sgl.sglang_hooks import arguments, profiling, refusals, request_checks, required
 from sidp_sgl.sglang_hooks.controller import controller_hooks
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.cpu.platform import MEMORY_HOOK, SidpCpuPlatform
@@ -76,7 +76,7 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
         return
     required.apply(sockets.HOOKS)
     if role == "tokenizer":
-        required.apply(refusals.runtime_hooks())
+        required.apply([*refusals.runtime_hooks(), *request_checks.HOOKS, *profiling.HOOKS])
     if role == "detokenizer":
         tie(config.group)
     if role == "scheduler":

@@ -7,6 +7,7 @@ the pickling into every process.
 import argparse
 import sys
 import uuid
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from sglang.srt.entrypoints.engine import Engine
@@ -60,7 +61,7 @@ def _from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
     server_args = original(cls, args)
     values = {name: getattr(args, name) for name in SidpConfig.flags() if hasattr(args, name)}
     try:
-        _attach_checked(server_args, values, method)
+        _attach_checked(server_args, values, method, is_server=True)
     except SidpError as error:
         exit_with(error)
     server_args._sidp_command_line = True
@@ -79,17 +80,25 @@ def _server_args_from_keywords(**keywords: Any) -> ServerArgs:
     if method == OWN_DISPATCH:
         keywords["load_balance_method"] = "auto"
     server_args = ServerArgs(**keywords)
-    _attach_checked(server_args, values, method)
+    _attach_checked(server_args, values, method, is_server=False)
     return server_args
 
 
-def _attach_checked(server_args: Any, values: dict[str, Any], method: str) -> None:
+def _init_engine(original: Any, engine: Any, *args: Any, **keywords: Any) -> None:
+    """`Engine(server_args=…)`, with arguments of a command line that starts no server."""
+    config = config_of(keywords.get("server_args"))
+    if config is not None:
+        attach(keywords["server_args"], replace(config, is_server=False))
+    original(engine, *args, **keywords)
+
+
+def _attach_checked(server_args: Any, values: dict[str, Any], method: str, is_server: bool) -> None:
     """`method`: as the user said it, of load balancing."""
     cpu_memory.device_total_bytes()  # a size that can't be read is refused here, in one line
     config = SidpConfig.from_values(values)
     if config.sidp:
         check_version()
-        attach(server_args, config.of_engine(uuid.uuid4().hex, method))
+        attach(server_args, config.of_engine(uuid.uuid4().hex, method, is_server))
     elif method == OWN_DISPATCH:
         raise SidpUsageError(
             f"--load-balance-method {OWN_DISPATCH} has no effect without --sidp: add it"
@@ -105,4 +114,5 @@ def install_keywords() -> None:
 HOOKS = [
     Hook("sglang.srt.server_args.ServerArgs.add_cli_args", _add_flags, HookType.AFTER),
     Hook("sglang.srt.server_args.ServerArgs.from_cli_args", _from_cli_args, HookType.AROUND),
+    Hook("sglang.srt.entrypoints.engine.Engine.__init__", _init_engine, HookType.AROUND),
 ]

@@ -27,7 +27,8 @@ def controller_hooks(config: SidpConfig | None, num_ranks: int) -> list[Hook]:
         launch = f"{_CONTROLLER}.launch_tensor_parallel_group"
         hooks.append(Hook(launch, colocation.launch_on_first_gpu, HookType.AROUND))
     if config.own_dispatch:
-        hooks.append(_event_loop(DispatchLoop(config.group, num_ranks).event_loop))
+        dispatch = DispatchLoop(config.group, num_ranks, is_job=not config.is_server)
+        hooks.append(_event_loop(dispatch.event_loop))
     elif is_cpu:
         hooks.append(_event_loop(sleeping_loop))
     return hooks

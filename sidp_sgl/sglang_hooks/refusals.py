@@ -94,15 +94,11 @@ _WEIGHT_CALLS = [
 ]  # fmt: skip
 
 
-class WeightsAreFixed(fastapi.HTTPException, SidpUsageError):
+class CallRefused(fastapi.HTTPException, SidpUsageError):
     """A call that --sidp refuses at run time; HTTP status 400."""
 
-    def __init__(self, call: str) -> None:
-        super().__init__(
-            status_code=400,
-            detail=f"{call} is not supported with --sidp: weights are pooled and fixed; "
-            "restart the engine with the new weights, or without --sidp",
-        )
+    def __init__(self, reason: str) -> None:
+        super().__init__(status_code=400, detail=reason)
 
     def __str__(self) -> str:
         return self.detail
@@ -196,7 +192,10 @@ def _checked(check: Callable[[Any, SidpConfig], None]) -> Callable[[Any, Callabl
 def _refuse_call(name: str) -> Callable:
     def refuse(original: Callable, *args: Any, **kwargs: Any) -> Any:
         if arguments.config_of(get_context().server_args) is not None:
-            raise WeightsAreFixed(name)
+            raise CallRefused(
+                f"{name} is not supported with --sidp: weights are pooled and fixed; "
+                "restart the engine with the new weights, or without --sidp"
+            )
         return original(*args, **kwargs)
 
     refuse.__qualname__ = f"refuse_{name}"

@@ -18,6 +18,7 @@ from examples.demo_model.arithmetic import (
     held_out_problems,
     solve,
 )
+from sidp_sgl.errors import SidpUsageError
 from tests.support.engines import engine, statuses
 from tests.support.traces import traced
 
@@ -158,6 +159,38 @@ def test_what_waits_moves_to_a_rank_that_runs_empty(running: sglang.Engine) -> N
     results = run(running, [filler, *waiting])
     assert texts(results)[1:] == [solve(problem) for problem, _ in problems]
     assert dispatched(running)["moved"] > before
+
+
+def test_what_would_end_a_rank_is_refused_and_nobody_notices(running: sglang.Engine) -> None:
+    bad = [
+        {"prompt": ["x", ""]},
+        {"prompt": ""},
+        {"input_ids": [[5], []]},
+        {"input_ids": [5, 10**6]},
+        {"input_ids": [[5], [5, -1]]},
+    ]
+
+    async def everything() -> list[BaseException]:
+        (problem, _), *_ = held_out_problems(1, seed=5)
+        neighbour = asyncio.ensure_future(running.async_generate(problem, SAMPLING))
+        await asyncio.sleep(0.05)
+        calls = [running.async_generate(**each, sampling_params=SAMPLING) for each in bad]
+        errors = await asyncio.gather(*calls, return_exceptions=True)
+        assert solve(problem) == (await neighbour)["text"].strip()
+        return errors
+
+    errors = running.loop.run_until_complete(asyncio.wait_for(everything(), 60))
+    assert [type(error) for error in errors] == [ValueError] * len(bad), errors
+    for each in bad:
+        with pytest.raises(ValueError):
+            running.generate(**each, sampling_params=SAMPLING)
+
+
+def test_a_second_event_loop_is_an_error(running: sglang.Engine) -> None:
+    running.generate("1+2=", SAMPLING)
+    with pytest.raises(SidpUsageError, match=r"within one asyncio\.run"):
+        asyncio.run(asyncio.wait_for(running.async_generate("1+2=", SAMPLING), 30))
+    assert running.generate("1+2=", SAMPLING)["text"]
 
 
 def test_checkpoint_is_small_enough_to_keep_in_the_repository() -> None:

@@ -116,6 +116,23 @@ def test_main_process_killed_while_starting(model: Path, traces: Traces) -> None
 
 
 @pytest.mark.thorough
+def test_a_script_without_the_main_guard(model: Path, traces: Traces) -> None:
+    script = traces.folder / "script.py"
+    lines = SCRIPT.format(SETTINGS).replace('if __name__ == "__main__":', "if True:")
+    script.write_text(lines)
+    command = [sys.executable, script, model]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = process.communicate(timeout=START_SECONDS)[1]
+    assert process.returncode == 1
+    assert (
+        log.startswith("error: the script starts the engine outside of")
+        and len(log.splitlines()) == 1
+    ), log
+    script.unlink()
+    assert not traces.left()
+
+
+@pytest.mark.thorough
 def test_a_model_that_can_not_be_pooled(traces: Traces, tmp_path: Path) -> None:
     config = transformers.MixtralConfig(
         vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2,

@@ -2,6 +2,7 @@
 the end of a server that loses a rank."""
 
 import json
+import shutil
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -147,6 +148,65 @@ def test_weight_updates_are_refused(running: Server) -> None:
         running.post("/update_weights_from_disk", {"model_path": str(CHECKPOINT)})
     assert caught.value.code == 400
     assert "--sidp" in json.dumps(json.load(caught.value))
+
+
+EMPTY, TOO_LARGE = "is empty", "which the model does not have"
+SAMPLING = {"max_new_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [
+        ("/generate", {"text": ["x", ""]}, EMPTY),
+        ("/generate", {"text": ""}, EMPTY),
+        ("/generate", {"input_ids": [[5, 6], []]}, EMPTY),
+        ("/generate", {"input_ids": [5, 10**6]}, TOO_LARGE),
+        ("/generate", {"input_ids": [[5], [-1]]}, TOO_LARGE),
+        ("/v1/completions", {"prompt": ["x", ""]}, EMPTY),
+        ("/v1/completions", {"prompt": [[5, 6], []]}, EMPTY),
+        ("/v1/completions", {"prompt": [5, 10**6]}, TOO_LARGE),
+        ("/v1/completions", {"prompt": "x", "logprobs": 10**6}, "more than the model has tokens"),
+    ],
+)
+def test_what_would_end_a_rank_is_refused_and_nobody_notices(
+    running: Server, path: str, body: dict[str, Any], reason: str
+) -> None:
+    """A neighbour's request runs meanwhile."""
+    openai = {"model": "demo", "max_tokens": 4} if path != "/generate" else {}
+    native = {} if openai else {"sampling_params": SAMPLING}
+    neighbour = {"text": HEADER + PROMPT, "sampling_params": {"temperature": 0}}
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(running.post, "/generate", neighbour)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            running.post(path, {**body, **openai, **native})
+        assert caught.value.code == 400 and reason in caught.value.read().decode()
+        assert final_answer(answer.result()["text"]) == ANSWER
+
+
+def status_of(running: Server, path: str, body: Any) -> int:
+    try:
+        with running.open(path, body) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_a_profile_is_taken_or_refused(running: Server, traces: Traces) -> None:
+    folder = traces.folder / "profile"
+    for refused in ({"activities": ["MEM"]}, {"output_dir": "/proc/x"}, {"profile_by_stage": True}):
+        assert status_of(running, "/start_profile", refused) == 400
+    assert status_of(running, "/stop_profile", {}) == 400, "none has begun"
+    assert status_of(running, "/start_profile", {"output_dir": str(folder)}) == 200
+    assert status_of(running, "/start_profile", {"output_dir": str(folder)}) == 400
+    running.post("/generate", {"text": PROMPT, "sampling_params": SAMPLING})
+    assert status_of(running, "/stop_profile", {}) == 200
+    profiles = sorted(folder.iterdir())
+    assert [path.name.partition("TP-0-")[2] for path in profiles] == [
+        "DP-0.trace.json.gz",
+        "DP-1.trace.json.gz",
+    ]
+    shutil.rmtree(folder)
+    running.post("/generate", {"text": PROMPT, "sampling_params": SAMPLING})
 
 
 def error_of(running: Server, path: str, body: Any) -> tuple[int, str, float]:

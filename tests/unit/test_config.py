@@ -33,6 +33,7 @@ def test_defaults() -> None:
         "sidp_colocate": False,
         "group": "",
         "own_dispatch": True,
+        "is_server": False,
     }
     assert SidpConfig.from_values({"sidp": True}).sidp
 
@@ -42,6 +43,7 @@ def test_every_field_but_the_engine_s_own_is_a_flag_with_help() -> None:
     assert set(flags) == {f.name for f in dataclasses.fields(SidpConfig)} - {
         "group",
         "own_dispatch",
+        "is_server",
     }
     assert all(options["help"] for options in flags.values())
     assert flag_name("sidp_link_gbps") == "--sidp-link-gbps"
@@ -149,5 +151,5 @@ def test_valid_values_survive_the_way_into_other_processes(
             "sidp_link_gbps": rate,
             "sidp_batch_threshold": threshold,
         }
-    ).of_engine("engine", "auto")
+    ).of_engine("engine", "auto", is_server=False)
     assert SidpConfig(**config.as_dict()) == config

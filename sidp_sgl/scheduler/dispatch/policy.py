@@ -114,10 +114,14 @@ class RankLoad:
 
 
 class Dispatcher:
-    """One group's. `assign` and `recalls` say what to do after whatever came in."""
+    """One group's. `assign` and `recalls` say what to do after whatever came in.
 
-    def __init__(self, num_ranks: int) -> None:
-        self.window = Window()
+    `is_job`: the requests are one program's, which wants all of them soon; on a server nobody
+    waits for long behind those who come later.
+    """
+
+    def __init__(self, num_ranks: int, is_job: bool) -> None:
+        self.window = Window(is_job)
         self.ranks = [RankLoad() for _ in range(num_ranks)]
         self.sent = 0
         self.moved = 0
@@ -125,6 +129,8 @@ class Dispatcher:
     def update(self, state: RankState) -> None:
         if state.rank < len(self.ranks):
             self.ranks[state.rank].update(state)
+            states = (rank.state for rank in self.ranks)
+            self.window.running = sum(each.running_batch_size for each in states if each)
 
     def send(self, rank: int, queued: Queued) -> None:
         """Somebody else has chosen the rank."""
@@ -136,7 +142,7 @@ class Dispatcher:
         self.ranks[rank].take_back()
         self.sent -= 1
         self.moved += 1
-        self.window.add(queued)
+        self.window.add_again(queued)
 
     def assign(self) -> Iterator[tuple[int, Queued]]:
         """Requests and their ranks, until the window is empty or no rank has room."""

@@ -26,6 +26,8 @@ from sidp_sgl.scheduler.lifecycle.liveness import (
     Message,
     Pooled,
     RankFailure,
+    Unguarded,
+    UnguardedScript,
     describe_exit,
     watch_process,
 )
@@ -81,6 +83,8 @@ class Guard:
                 if member is not None and member.tp_size > 1:
                     self._wait_for_failure(_LOST_MEMBER_SECONDS)
                 self.fail(f"{member or 'a rank'} failed", f": {reason}")
+            case Unguarded():
+                self._fail_with(UnguardedScript())
             case Exited(member, pid, exitcode):
                 patience = _LAST_MESSAGE_SECONDS + _LOST_MEMBER_SECONDS
                 self._lifeline.wait_for_last_message(pid, patience)
@@ -108,10 +112,13 @@ class Guard:
     def fail(self, event: str, details: str) -> None:
         """End the engine, from any thread; only the first event counts."""
         phase = "running" if self.is_ready else "starting"
+        self._fail_with(RankFailure(f"{event} while the engine was {phase}{details}"))
+
+    def _fail_with(self, failure: RankFailure) -> None:
         with self._state:
             if self.failure is not None or self.is_closed:
                 return
-            self.failure = RankFailure(f"{event} while the engine was {phase}{details}")
+            self.failure = failure
             self._announce(self.failure)
             self._state.notify_all()
         threading.Thread(target=self._end, daemon=True).start()
@@ -167,7 +174,8 @@ class Guard:
 
     def _new_failure(self) -> RankFailure:
         """A fresh exception per raise: an exception object collects tracebacks."""
-        return RankFailure(str(self.failure))
+        is_script = isinstance(self.failure, UnguardedScript)
+        return UnguardedScript() if is_script else RankFailure(str(self.failure))
 
     def explanation(self) -> RankFailure | None:
         """The failure behind an error of the start; None where the engine's processes all live."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import NoReturn
 
 from msgspec import Struct, json
 
@@ -27,6 +28,16 @@ ENGINE = "SIDP_ENGINE"  # environment variable: the engine that a process was st
 
 class RankFailure(SidpError):
     """The engine has ended because a rank of it did; the message names the rank."""
+
+
+class UnguardedScript(RankFailure):
+    """The user's script starts the engine again in a process of the engine."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            'the script starts the engine outside of `if __name__ == "__main__":`, and every '
+            "process of an engine runs it again up to there: move the start below that line"
+        )
 
 
 class _Message(Struct, frozen=True, forbid_unknown_fields=True, tag=True, tag_field="kind"):
@@ -46,6 +57,10 @@ class Failed(_Message, frozen=True):
     reason: str  # one line
 
 
+class Unguarded(_Message, frozen=True):
+    """The process has come to the start of an engine, in the script of its main process."""
+
+
 class Exited(_Message, frozen=True):
     """The DP controller saw the process of a member end."""
 
@@ -54,7 +69,7 @@ class Exited(_Message, frozen=True):
     exitcode: int  # as in multiprocessing: minus the signal's number
 
 
-Message = Pooled | Failed | Exited
+Message = Pooled | Failed | Unguarded | Exited
 _decoder = json.Decoder(Message)
 
 
@@ -181,8 +196,12 @@ def tie(group: str) -> Lifeline:
 
 def give_up(group: str, member: Member | None, error: BaseException) -> None:
     """Tell the main process why, and end this process without a word more."""
+    end_with(group, Failed(member, one_line(error)))
+
+
+def end_with(group: str, message: Message) -> NoReturn:
     try:
-        tie(group).send(Failed(member, one_line(error)))
+        tie(group).send(message)
     finally:
         os._exit(1)
 

@@ -53,6 +53,12 @@ class SidpCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
     def get_device_total_memory(self, device_id: int = 0) -> int:
         """Bytes of one rank's device: `SIDP_CPU_DEVICE_MEMORY`, else a share of the machine's."""
         return cpu_memory.device_total_bytes()

@@ -24,10 +24,10 @@ _REMEMBERED = 10_000  # latest aborts; latest requests that went to ranks
 
 
 class DispatchLoop:
-    """In the DP controller process. `num_ranks`: of the group."""
+    """In the DP controller process. `num_ranks`: of the group; `is_job` as for `Dispatcher`."""
 
-    def __init__(self, engine: str, num_ranks: int) -> None:
-        self.dispatcher = Dispatcher(num_ranks)
+    def __init__(self, engine: str, num_ranks: int, is_job: bool) -> None:
+        self.dispatcher = Dispatcher(num_ranks, is_job)
         self._states = bus.Inbox(bus.states_address(engine))
         self._ranks = bus.Outbox({n: bus.dispatch_address(engine, n) for n in range(num_ranks)})
         self._returns = bus.listen(bus.returns_address(engine))

@@ -6,6 +6,7 @@ the last; the hooks here make and close it.
 """
 
 import logging
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -16,7 +17,13 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
 from sidp_sgl.scheduler.lifecycle.guard import Guard, spawning
-from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
+from sidp_sgl.scheduler.lifecycle.liveness import (
+    ENGINE,
+    RankFailure,
+    Unguarded,
+    UnguardedScript,
+    end_with,
+)
 from sidp_sgl.scheduler.member import members
 from sidp_sgl.sglang_hooks import arguments, required
 from sidp_sgl.sglang_hooks.failures import guards, pending, signals
@@ -41,6 +48,8 @@ def _launch(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     config = arguments.config_of(server_args)
     if config is None:
         return original(cls, *args, **kwargs)
+    if _is_starting_up() and (engine := os.environ.get(ENGINE)):
+        end_with(engine, Unguarded())
     required.apply([*_HOOKS, *pending.HOOKS, *signals.HOOKS])
     if _SERVER in sys.modules:
         required.apply([_SERVER_HOOK])
@@ -58,8 +67,15 @@ def _launch(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
         guard.close()
         if failure is None:
             raise
-        raise SystemExit(1) if is_command_line else failure from None
+        if is_command_line or isinstance(failure, UnguardedScript):
+            raise SystemExit(1) from None
+        raise failure from None
     return launched
+
+
+def _is_starting_up() -> bool:
+    """Whether this process still runs the main process's script, as spawned ones do first."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 def _print_line(failure: RankFailure) -> None:
@@ -67,7 +83,10 @@ def _print_line(failure: RankFailure) -> None:
 
 
 def _log(failure: RankFailure) -> None:
-    logger.error("%s", failure)
+    if isinstance(failure, UnguardedScript):
+        _print_line(failure)  # nobody can catch it in a script that is run again and again
+    else:
+        logger.error("%s", failure)
 
 
 def _launch_ranks(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:

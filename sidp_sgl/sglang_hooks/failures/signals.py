@@ -4,6 +4,7 @@ Where SGLang would kill its own process, the engine fails instead, and its calle
 SIGTERM does to a script with an engine what the script says.
 """
 
+import asyncio
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.scheduler.lifecycle.guard import Guard
 from sidp_sgl.sglang_hooks.failures import guards
 from sidp_sgl.sglang_hooks.required import Hook
@@ -44,12 +46,28 @@ def _auto_create_handle_loop(original: Any, manager: Any) -> None:
     """SGLang has the event loop handle SIGTERM; a script's loop runs during its calls only."""
     guard = guards.of(manager)
     is_script = guard is not None and manager._server_stop_hook is None
+    if is_script:
+        _check_loop(manager.event_loop)
     before = signal.getsignal(signal.SIGTERM)
     is_first = manager.event_loop is None
     original(manager)
     if is_script and is_first and _in_main_thread() and before is not None:
         manager.event_loop.remove_signal_handler(signal.SIGTERM)
         signal.signal(signal.SIGTERM, before)
+
+
+def _check_loop(known: asyncio.AbstractEventLoop | None) -> None:
+    """Answers arrive in the loop of the first call, so that in another one nothing would ever."""
+    try:
+        running = asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    if known not in (None, running):
+        raise SidpUsageError(
+            "the engine's answers arrive in the event loop of its first call, and this is another "
+            "one: make all calls within one asyncio.run(), or all by "
+            "engine.loop.run_until_complete()"
+        )
 
 
 def _check_processes(original: Any, watchdog: Any) -> bool:

@@ -16,7 +16,9 @@ from sidp_sgl.sglang_hooks.cpu.sleeping_loop import sleeping_loop
 def hooked(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Last name of the target → function; and sees that every target is there, once."""
     monkeypatch.setattr(controller, "ControllerReports", lambda group: SimpleNamespace(start=group))
-    monkeypatch.setattr(controller, "DispatchLoop", lambda *_: SimpleNamespace(event_loop="ours"))
+    monkeypatch.setattr(
+        controller, "DispatchLoop", lambda *_, **__: SimpleNamespace(event_loop="ours")
+    )
 
     def hooks(config: SidpConfig | None, device_name: str = "sidp_cpu") -> dict[str, Any]:
         platform = SimpleNamespace(device_name=device_name)
@@ -35,15 +37,17 @@ def test_without_sidp_a_controller_on_a_cpu_sleeps(hooked: Any) -> None:
 
 
 def test_with_sidp_ranks_are_watched_and_requests_dispatched(hooked: Any) -> None:
-    config = SidpConfig(sidp=True).of_engine("group", "auto")
+    config = SidpConfig(sidp=True).of_engine("group", "auto", is_server=False)
     found = hooked(config)
     assert found["start"] == "group" and found["event_loop"] == "ours"
     assert hooked(config, "cuda") == found
-    colocated = SidpConfig(sidp=True, sidp_colocate=True).of_engine("group", "auto")
+    colocated = SidpConfig(sidp=True, sidp_colocate=True).of_engine(
+        "group", "auto", is_server=False
+    )
     assert hooked(colocated, "cuda").keys() == {*found, "launch_tensor_parallel_group"}
 
 
 def test_sglangs_own_dispatch_stays_but_does_not_spin_on_a_cpu(hooked: Any) -> None:
-    config = SidpConfig(sidp=True).of_engine("group", "round_robin")
+    config = SidpConfig(sidp=True).of_engine("group", "round_robin", is_server=False)
     assert hooked(config)["event_loop"] is sleeping_loop
     assert "event_loop" not in hooked(config, "cuda")

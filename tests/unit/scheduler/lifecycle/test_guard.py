@@ -17,12 +17,12 @@ import pytest
 
 from sidp_sgl.errors import SidpError
 from sidp_sgl.scheduler.lifecycle.guard import Guard, spawning
-from sidp_sgl.scheduler.lifecycle.liveness import ENGINE, RankFailure
+from sidp_sgl.scheduler.lifecycle.liveness import ENGINE, RankFailure, UnguardedScript
 from sidp_sgl.scheduler.member import members
 
 REPORT = """
 import sys
-from sidp_sgl.scheduler.lifecycle.liveness import Exited, Failed, Lifeline, Pooled
+from sidp_sgl.scheduler.lifecycle.liveness import Exited, Failed, Lifeline, Pooled, Unguarded
 from sidp_sgl.scheduler.member import Member
 for message in [{}]:
     Lifeline(sys.argv[1]).send(message)
@@ -97,6 +97,15 @@ def test_a_reason_is_better_than_an_exit(engine: Engine) -> None:
     engine.report("Failed(Member(1), 'no FFN')")
     wait_until(lambda: bool(engine.announced))
     assert engine.announced == ["DP rank 1 failed while the engine was starting: no FFN"]
+
+
+def test_a_script_that_starts_its_engine_again(engine: Engine) -> None:
+    engine.report("Unguarded()")
+    wait_until(lambda: bool(engine.announced))
+    assert 'outside of `if __name__ == "__main__":`' in engine.announced[0]
+    with pytest.raises(UnguardedScript) as caught:
+        engine.guard.raise_if_ended()
+    assert str(caught.value) == engine.announced[0]
 
 
 def test_the_exit_of_a_rank_is_reported_by_its_parent(engine: Engine) -> None:

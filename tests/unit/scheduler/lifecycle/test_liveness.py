@@ -20,6 +20,7 @@ from sidp_sgl.scheduler.lifecycle.liveness import (
     LifelineServer,
     Message,
     Pooled,
+    Unguarded,
     decode,
     describe_exit,
     encode,
@@ -87,6 +88,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
         Failed(Member(0, 1, 2), "no memory"),
         Failed(None, "x"),
         Exited(Member(1), 4711, -9),
+        Unguarded(),
     ],
 )
 def test_messages_survive_the_wire(message: Message) -> None:

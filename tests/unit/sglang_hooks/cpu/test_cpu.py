@@ -1,12 +1,15 @@
-"""Cores and pretended memory of CPU ranks."""
+"""Cores and pretended memory of CPU ranks, and the platform as SGLang asks it."""
 
+import inspect
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.platforms.interface import SRTPlatform
 
 from sidp_sgl.sglang_hooks.cpu import cores as cpu_cores
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
@@ -140,3 +143,58 @@ def test_the_platform_wins_only_where_no_accelerator_is(monkeypatch: pytest.Monk
 def test_sglangs_own_cpu_engine_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     assert cpu_platform.activate() is None
+
+
+# SGLang asks no platform that supports no speculative decoding for its backend there.
+REFUSED = {"get_default_speculative_draft_attention_backend"}
+ARGUMENTS: dict[str, Any] = {
+    "algorithm": "NGRAM",
+    "backend": "torch_native",
+    "device": torch.device("cpu"),
+    "kind": "mha",
+    "local_rank": 0,
+    "model": torch.nn.Linear(1, 1),
+    "phase": "draft_decode",
+    "quant": "fp8",
+    "quantization": "fp8",
+    "server_args": SimpleNamespace(
+        **dict.fromkeys(("attention_backend", "mem_fraction_static")),
+        **dict.fromkeys(("dp_size", "tp_size", "pp_size"), 1),
+    ),
+}
+
+
+def interface() -> list[str]:
+    """Every public method of SGLang's platforms."""
+    return [
+        name
+        for name, _ in inspect.getmembers(SRTPlatform, callable)
+        if not name.startswith("_") and not inspect.isclass(getattr(SRTPlatform, name))
+    ]
+
+
+@pytest.mark.parametrize("name", interface())
+def test_every_method_of_sglang_s_platforms_is_there_or_refuses(
+    name: str, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setattr(cpu_memory, "_model", None)
+    method = getattr(cpu_platform.SidpCpuPlatform(), name)
+    needed = {
+        parameter.name: ARGUMENTS[parameter.name]
+        for parameter in inspect.signature(method).parameters.values()
+        if parameter.default is parameter.empty and parameter.name != "device_id"
+    }
+    if name == "reindex_device_id":
+        needed["device_id"] = 0
+    if name in REFUSED:
+        with pytest.raises(NotImplementedError):
+            method(**needed)
+        assert not cpu_platform.SidpCpuPlatform().supports_speculative_algorithm("DFLASH")
+    else:
+        method(**needed)
+
+
+def test_a_rank_s_profile_is_of_its_cpu() -> None:
+    platform = cpu_platform.SidpCpuPlatform()
+    named = getattr(torch.profiler.ProfilerActivity, platform.get_torch_profiler_activity_str())
+    assert named == platform.get_torch_profiler_activity() == torch.profiler.ProfilerActivity.CPU

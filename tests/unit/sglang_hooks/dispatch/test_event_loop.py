@@ -63,7 +63,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
 
 @pytest.fixture
 def dispatch(engine_name: str) -> DispatchLoop:
-    return DispatchLoop(engine_name, 2)
+    return DispatchLoop(engine_name, 2, is_job=True)
 
 
 def state(rank: int, headroom: int, received: int = 0) -> RankState:

@@ -46,7 +46,9 @@ def no_other_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 def manager(guard: FakeGuard | None, is_server: bool = False) -> SimpleNamespace:
     server_args = SimpleNamespace()
     if guard is not None:
-        arguments.attach(server_args, SidpConfig(sidp=True).of_engine(guard.group, "auto"))
+        arguments.attach(
+            server_args, SidpConfig(sidp=True).of_engine(guard.group, "auto", is_server=False)
+        )
         guards.add(guard)  # type: ignore[arg-type]
     return SimpleNamespace(server_args=server_args, _server_stop_hook=print if is_server else None)
 

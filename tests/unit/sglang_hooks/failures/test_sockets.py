@@ -34,7 +34,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def server_args() -> SimpleNamespace:
     made = SimpleNamespace()
-    arguments.attach(made, SidpConfig(sidp=True).of_engine(uuid.uuid4().hex, "auto"))
+    arguments.attach(
+        made, SidpConfig(sidp=True).of_engine(uuid.uuid4().hex, "auto", is_server=False)
+    )
     return made
 
 
