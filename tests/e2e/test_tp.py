@@ -158,7 +158,7 @@ async def generate(
     async for chunk in stream:
         if event is not None and len(token_ids) < at <= len(chunk["output_ids"]):
             event()
-        token_ids = chunk["output_ids"]
+        token_ids = list(chunk["output_ids"])  # the engine goes on filling its own
     return token_ids
 
 
