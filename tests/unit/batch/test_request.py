@@ -32,7 +32,7 @@ def test_a_request() -> None:
     ("text", "reason"),
     [
         (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
+        (b"\xff", "not UTF-8 but, it seems, Latin-1 (byte 0xFF at column 1)"),
         (b"[]", "not a JSON object"),
         (changed(custom_id=1), "custom_id is missing or no text"),
         (changed(custom_id=""), "custom_id is missing or no text"),
