@@ -16,7 +16,7 @@ _MARKS = {  # the longer one first: UTF-32's little-endian mark begins like UTF-
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-NUM_BYTES = 4  # that tell
+NUM_BYTES = 8  # that tell
 
 
 def is_gzip(start: bytes) -> bool:
@@ -33,7 +33,7 @@ def what_to_do(start: bytes) -> str | None:
             return f"is {name}: {_convert(name)}"
     # Without a mark: JSON begins with ASCII, which leaves zeros.
     if b"\0" in start and start.strip(b"\0"):
-        name = "UTF-32" if start.count(b"\0") > 2 else "UTF-16"
+        name = "UTF-32" if start.count(b"\0") > len(start) // 2 else "UTF-16"
         return f"is {name}: {_convert(name)}"
     return None
 

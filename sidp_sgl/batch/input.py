@@ -53,6 +53,7 @@ class InputFile:
         self._version = self._current_version()
         self._file: BinaryIO | gzip.GzipFile = self._on_disk
         if encoding.is_gzip(self._start()):
+            self._on_disk.seek(0)
             self._file = gzip.GzipFile(fileobj=self._on_disk)
         if what_to_do := encoding.what_to_do(self._start()):
             raise SidpUsageError(f"--input-file {path} {what_to_do}")

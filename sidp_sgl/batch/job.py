@@ -26,7 +26,7 @@ _PROBE = Request(0, "", COMPLETIONS, b'{"prompt": "1", "max_tokens": 1, "tempera
 class Engine(Protocol):
     """Answers requests in any order. After `EngineEnded` it is only closed."""
 
-    is_ready: bool  # has started; requests that were sent before wait for that
+    is_ready: bool  # has started
     status: EngineStatus
 
     def send(self, request: Request) -> None: ...
@@ -102,26 +102,19 @@ class Job:
 
     def _drive(self, engine: Engine, check_signals: Callable[[], None]) -> None:
         """Until everything is done, or the engine has ended."""
-        is_running = self._engine_works = self._is_probing = False
+        self._engine_works = self._is_probing = False
         try:
+            while not engine.is_ready:
+                check_signals()
+                engine.receive(_WAIT_SECONDS)
+                self._progress.tick()
+            self._journal.note(self._suspects, is_running=True)
             while True:
                 check_signals()
                 self._send(engine)
                 if not (self._window.in_flight or self._is_probing):
                     return
-                answers = engine.receive(_WAIT_SECONDS)
-                if engine.is_ready and not is_running:
-                    self._journal.note(self._suspects, is_running=True)
-                    is_running = True
-                self._progress.tally.status = engine.status
-                if answers:
-                    self._engine_works = True
-                    if self._is_probing:
-                        self._is_probing = False
-                    else:
-                        self._finish(answers)
-                self._output.sync_group()
-                self._progress.tick()
+                self._receive(engine)
         except EngineEnded as ended:
             self._engine_ended(ended, engine.is_ready)
         finally:
@@ -138,6 +131,18 @@ class Job:
             return
         while (request := self._window.take()) is not None:
             engine.send(request)
+
+    def _receive(self, engine: Engine) -> None:
+        answers = engine.receive(_WAIT_SECONDS)
+        self._progress.tally.status = engine.status
+        if answers:
+            self._engine_works = True
+            if self._is_probing:
+                self._is_probing = False
+            else:
+                self._finish(answers)
+        self._output.sync_group()
+        self._progress.tick()
 
     def _finish(self, answers: list[Answer]) -> None:
         """Append first: what is counted as done is in the file."""
@@ -156,9 +161,7 @@ class Job:
         tally.engine_ended()
         if not was_ready and not tally.restarts:
             raise JobError(f"the engine did not start: {ended}")
-        # One that did not start has seen no request.
-        in_flight = list(self._window.in_flight) if was_ready else []
-        has_culprit = self._find_suspects(in_flight, str(ended))
+        has_culprit = self._find_suspects(list(self._window.in_flight), str(ended))
         num_ends = self._suspects.num_unexplained
         if num_ends > self._max_restarts:
             raise JobError(
