@@ -6,7 +6,7 @@ Pure: `request` is any object with the fields of a chat completion's or a comple
 from typing import Any
 
 _INT32 = 2**31 - 1  # tensors of sampling parameters
-_MOST_CHOICES = 2**16  # SGLang makes all of them at once
+_MOST_CHOICES = 4096  # SGLang makes all of them at once
 
 
 def out_of_bounds(request: Any, vocab_size: int) -> str | None:

@@ -44,10 +44,11 @@ def _error(model: str, reason: str) -> SidpUsageError:
 
 def _model_of(arguments: Sequence[str]) -> str | None:
     model = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for place, argument in enumerate(arguments):
         flag, has_value, value = argument.partition("=")
         if flag in _FLAGS:
-            model = value if has_value else following
+            following = arguments[place + 1 : place + 2]
+            model = value if has_value else next(iter(following), None)
     return model
 
 
