@@ -21,17 +21,20 @@ import orjson
 from bench.record import record
 from bench.tables import Table, plain
 from sidp_sgl.batch.input import InputFile
-from sidp_sgl.batch.job import Job, Limits
+from sidp_sgl.batch.job import Job
 from sidp_sgl.batch.output import OutputFile
 from sidp_sgl.batch.progress import NO_STATUS, Progress, Tally
 from sidp_sgl.batch.records import Answer
 from sidp_sgl.batch.request import COMPLETIONS, Request
 from sidp_sgl.batch.resume import Done
+from sidp_sgl.batch.streams import NoJournal
+from sidp_sgl.batch.suspects import Suspects
+from sidp_sgl.batch.window import Bounds, Window
 
 SIZES = (10_000, 100_000, 1_000_000)
 PROMPT_BYTES = 500
 ANSWER = orjson.dumps({"choices": [{"index": 0, "text": "x" * 300, "finish_reason": "stop"}]})
-LIMITS = Limits(max_in_flight=4096, max_restarts=0)
+BOUNDS = Bounds(max_in_flight=4096)
 
 
 class InstantEngine:
@@ -76,7 +79,8 @@ def measure(number: int, folder: Path) -> dict[str, Any]:
     checked = time.perf_counter()
     output, done = OutputFile(folder / "out"), Done(contents.num_lines)
     progress = Progress(Tally(contents.num_requests, 0), io.StringIO())
-    job = Job(input_file.requests(done.__contains__), output, done, progress, LIMITS)
+    window = Window(input_file.requests(done.__contains__), BOUNDS, Suspects())
+    job = Job(window, output, done, progress, NoJournal(), max_restarts=0)
     job.run(InstantEngine, lambda: None)
     output.close()
     finished = time.perf_counter()
@@ -108,7 +112,7 @@ def main() -> None:
         command = [sys.executable, "-m", "bench.batch_memory", "--one", str(size)]
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=3000)
         rows.append(json.loads(result.stdout))
-    results = {"max_in_flight": LIMITS.max_in_flight, "sizes": rows}
+    results = {"max_in_flight": BOUNDS.max_in_flight, "sizes": rows}
     record("batch_memory", results)
     print(plain(*table(results)))
 

@@ -1,4 +1,4 @@
-"""`sidp-sgl run-batch`: reads the flags, checks the input, continues or begins the job.
+"""`sidp-sgl run-batch`: checks the input, continues or begins the job.
 
 Exit codes: 0 every request has its record, 1 the same command can continue the job, 2 the user has
 to change something, 128 + N ended by signal N.
@@ -8,90 +8,70 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from sidp_sgl.batch import arguments
 from sidp_sgl.batch.engine_process import EngineProcess
 from sidp_sgl.batch.errors import EngineEnded, Interrupted, JobError
 from sidp_sgl.batch.input import Contents, InputFile
-from sidp_sgl.batch.job import Job, Limits
+from sidp_sgl.batch.job import Job, Journal, Output
 from sidp_sgl.batch.output import OutputFile
 from sidp_sgl.batch.progress import Progress, Tally
 from sidp_sgl.batch.resume import Done
-from sidp_sgl.batch.settings import StateFile
+from sidp_sgl.batch.settings import DETERMINISTIC
+from sidp_sgl.batch.state import StateFile
 from sidp_sgl.batch.stop_signals import StopSignals
+from sidp_sgl.batch.streams import STANDARD, NoJournal, StandardOutput, spool_standard_input
+from sidp_sgl.batch.suspects import Suspects
+from sidp_sgl.batch.window import Bounds, Window
 from sidp_sgl.errors import SidpUsageError
 
 _DONE, _CONTINUABLE, _WRONG, _SIGNALLED = 0, 1, 2, 128
-_EPILOG = """All other flags are those of `python -m sglang.launch_server`, SiDP's among them, for
-example --model, --dp-size and --sidp. Docs: docs/run-batch.md"""
+_MANY_LOST = 2  # runs in a row that were killed: their requests may have done it
 
 
-def main(arguments: Sequence[str]) -> int:
-    args, engine_arguments = _parser().parse_known_args(arguments)
+class _Before(NamedTuple):
+    """What earlier runs of the job have left."""
+
+    done: Done
+    suspects: Suspects
+    num_lost: int  # runs in a row
+    output: Output
+    journal: Journal
+
+
+def main(command_line: Sequence[str]) -> int:
+    args, engine_arguments = arguments.read(command_line)
+    again = "run the same command again to continue"
+    if args.output_file == STANDARD:
+        again = "what it has written is whole; run the same command again for all of it"
     try:
-        _check(args)
+        arguments.check(args)
         with StopSignals() as signals:
             return _run(args, engine_arguments, signals.check)
     except SidpUsageError as error:
         return _end(_WRONG, f"error: {error}")
     except (JobError, EngineEnded) as error:
-        return _end(_CONTINUABLE, f"error: {error}")
+        return _end(_CONTINUABLE, f"error: {error}; {again}")
     except Interrupted as stopped:
-        exit_code = _SIGNALLED + stopped.signal_number
-        return _end(exit_code, "stopped; run the same command again to continue")
+        return _end(_SIGNALLED + stopped.signal_number, f"stopped; {again}")
 
 
 def _end(exit_code: int, text: str) -> int:
-    print(f"sidp-sgl run-batch: {text}", file=sys.stderr)
+    _say(text)
     return exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
-    # Abbreviations would take SGLang's flags for these.
-    parser = argparse.ArgumentParser(
-        prog="sidp-sgl run-batch",
-        usage="%(prog)s -i in.jsonl -o out.jsonl --model MODEL [any flag of SGLang or SiDP]",
-        description="Run a file of requests in OpenAI's Batch format; continue it after any end.",
-        epilog=_EPILOG,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("-i", "--input-file", type=Path, required=True, metavar="FILE", help="one request per line")
-    add("-o", "--output-file", type=Path, required=True, metavar="FILE", help="one result per line")
-    add(
-        "--retry-errors",
-        action="store_true",
-        help="take the error records out of the output and run their requests again",
-    )
-    add(
-        "--max-restarts",
-        type=int,
-        default=3,
-        metavar="N",
-        help="how often an engine that has ended is started again (default: %(default)s)",
-    )
-    add(
-        "--max-in-flight",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="requests in the engine at a time (default: %(default)s)",
-    )
-    return parser
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.max_restarts < 0:
-        raise SidpUsageError(f"--max-restarts {args.max_restarts} is out of range: use 0 or more")
-    if args.max_in_flight < 1:
-        raise SidpUsageError(f"--max-in-flight {args.max_in_flight} is out of range: use 1 or more")
+def _say(text: str) -> None:
+    print(f"sidp-sgl run-batch: {text}", file=sys.stderr)
 
 
 def _run(
     args: argparse.Namespace, engine_arguments: list[str], check_signals: Callable[[], None]
 ) -> int:
-    input_file = InputFile(args.input_file)
-    output = OutputFile(args.output_file)
-    state = StateFile(args.output_file)
+    spool = spool_standard_input(check_signals) if args.input_file == STANDARD else None
+    input_file = InputFile(Path(args.input_file), spool)
+    output = OutputFile(Path(args.output_file)) if args.output_file != STANDARD else None
     first = EngineProcess(engine_arguments)  # reads its flags while the lines are checked here
     try:
 
@@ -101,10 +81,20 @@ def _run(
 
         contents = input_file.check(on_tick)
         settings = first.settings(check_signals)
-        done = _continue(output, state, contents, settings, args.retry_errors)
+        if output is None:
+            before = _Before(Done(contents.num_lines), Suspects(), 0, StandardOutput(), NoJournal())
+        else:
+            before = _continue(output, contents, settings, args.retry_errors)
+        if input_file.num_seeded and DETERMINISTIC not in settings:
+            _say(
+                f"{input_file.num_seeded:,} requests have a seed, which SGLang keeps to with "
+                f"{DETERMINISTIC} only: without it they are sampled anew each time"
+            )
+        done = before.done
         progress = Progress(Tally(contents.num_requests, num_before=done.num_records))
-        limits = Limits(args.max_in_flight, args.max_restarts)
-        job = Job(input_file.requests(done.__contains__), output, done, progress, limits)
+        requests = input_file.requests(done.__contains__)
+        window = Window(requests, Bounds(args.max_in_flight), before.suspects)
+        job = Job(window, before.output, done, progress, before.journal, args.max_restarts)
         waiting = [first]
 
         def start() -> EngineProcess:
@@ -114,6 +104,8 @@ def _run(
 
         try:
             if done.num_records < contents.num_requests:
+                if before.num_lost >= _MANY_LOST:
+                    job.suspect_what_was_lost()
                 job.run(start, check_signals)
         finally:
             progress.close()
@@ -121,34 +113,31 @@ def _run(
         return _DONE
     finally:
         first.close()
-        output.close(remove_empty=not state.exists())
+        if output is not None:
+            output.close(remove_empty=not StateFile(output.path).exists())
 
 
 def _continue(
-    output: OutputFile,
-    state: StateFile,
-    contents: Contents,
-    settings: dict[str, str],
-    retry_errors: bool,
-) -> Done:
+    output: OutputFile, contents: Contents, settings: dict[str, str], retry_errors: bool
+) -> _Before:
     """What earlier runs have done, with the output repaired; raises SidpUsageError, JobError."""
+    state = StateFile(output.path)
     if output.num_bytes and not state.exists():
         raise SidpUsageError(
             f"--output-file {output.path} exists, and {state.path} that would say what it is does "
             "not: use another file"
         )
-    if output.num_bytes:
+    try:
         state.compare(contents, settings)
-    else:
+    except SidpUsageError:
+        if output.num_bytes:
+            raise
         state.write(contents, settings)
     done = Done(contents.num_lines)
     if num_torn := output.scan(done.add):
-        print(
-            f"sidp-sgl run-batch: cut {num_torn:,} bytes of an unfinished record off {output.path}",
-            file=sys.stderr,
-        )
+        _say(f"cut {num_torn:,} bytes of an unfinished record off {output.path}")
     if retry_errors and done.num_errors:
         output.drop_errors()
         done = Done(contents.num_lines)
         output.scan(done.add)
-    return done
+    return _Before(done, Suspects(state.suspects), state.num_lost, output, state)

@@ -17,6 +17,7 @@ import orjson
 import psutil
 import zmq
 
+from sidp_sgl.batch import model_path
 from sidp_sgl.batch.engine_process import FAILED, PARSED, START
 from sidp_sgl.batch.settings import settings_of
 from sidp_sgl.errors import SidpError, SidpUsageError
@@ -71,6 +72,7 @@ def _tell_failure(socket: zmq.Socket, error: BaseException) -> None:
 
 def _parse(arguments: Sequence[str]) -> tuple[Any, dict[str, str]]:
     """SGLang's arguments, and what of them the results depend on; raises SidpUsageError."""
+    model_path.check_path(arguments)
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
 
@@ -90,6 +92,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, dict[str, str]]:
             raise SidpUsageError(
                 f"--{name.replace('_', '-')} does not go with run-batch: {reason}; leave it out"
             )
+    model_path.check_config(server_args)
     return server_args, settings_of(values)
 
 

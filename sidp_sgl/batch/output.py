@@ -150,8 +150,8 @@ class OutputFile:
 
     def _error(self, error: OSError) -> JobError:
         return JobError(
-            f"--output-file {self.path}: {error.strerror}; what is in it is whole: see to the "
-            "disk, then run the same command again to continue"
+            f"--output-file {self.path}: {error.strerror}: see to the disk; what is in the file is "
+            "whole"
         )
 
     def drop_errors(self) -> None:

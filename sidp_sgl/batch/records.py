@@ -35,6 +35,7 @@ class Record(NamedTuple):
 
 def error_body(message: str, kind: str, code: Any = None, param: Any = None) -> bytes:
     """OpenAI's error object."""
+    message = message.encode(errors="replace").decode()  # JSON has no half of a surrogate pair
     return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from sidp_sgl.batch import encoding
+
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 URLS = (CHAT, COMPLETIONS)
 MAX_LINE_BYTES = 64 * 2**20
@@ -19,6 +21,10 @@ class LineError(ValueError):
     """What is wrong with a line, without its number."""
 
 
+class EncodingError(LineError):
+    """The line is not UTF-8, so that the file is not."""
+
+
 class Request(NamedTuple):
     """One checked request."""
 
@@ -27,6 +33,7 @@ class Request(NamedTuple):
     url: str  # one of URLS
     body: bytes  # JSON object
     num_bytes: int  # of its line
+    is_seeded: bool = False  # it samples, and wants to do so again in the same way
 
 
 def parse(line: int, text: bytes) -> Request:
@@ -36,6 +43,8 @@ def parse(line: int, text: bytes) -> Request:
     try:
         values = orjson.loads(text)
     except orjson.JSONDecodeError as error:
+        if what_to_do := encoding.of_text(text):
+            raise EncodingError(what_to_do) from None
         raise LineError(f"not JSON ({error})") from None
     if not isinstance(values, dict):
         raise LineError("not a JSON object")
@@ -48,10 +57,17 @@ def parse(line: int, text: bytes) -> Request:
         raise LineError(f"url {url} is not supported: run-batch generates text")
     if url not in URLS:
         raise LineError(f"url is {_shown(values, 'url')}: use {' or '.join(URLS)}")
-    return Request(line, custom_id, url, _checked_body(values.get("body"), url), len(text))
+    body = values.get("body")
+    _check_body(body, url)
+    body.pop("rid", None)  # an id in the engine, where two of the same can't be at a time
+    try:
+        content = orjson.dumps(body)
+    except orjson.JSONEncodeError as error:
+        raise LineError(f"body can't be passed on ({error})") from None
+    return Request(line, custom_id, url, content, len(text), _is_seeded(body))
 
 
-def _checked_body(body: Any, url: str) -> bytes:
+def _check_body(body: Any, url: str) -> None:
     if not isinstance(body, dict):
         raise LineError("body is missing or no JSON object")
     if body.get("stream"):
@@ -59,7 +75,10 @@ def _checked_body(body: Any, url: str) -> bytes:
     for name in _CONTENT[url]:
         if not body.get(name):
             raise LineError(f"body has no {name}, which {url} needs")
-    return orjson.dumps(body)
+
+
+def _is_seeded(body: dict[str, Any]) -> bool:
+    return body.get("seed") is not None and body.get("temperature") != 0
 
 
 def _shown(values: dict[str, Any], name: str) -> str:

@@ -1,31 +1,26 @@
 """Inside the engine's process: requests from the job, answers to it, until either ends."""
 
 import asyncio
+import contextlib
 import logging
+import time
 from typing import Any
 
 import orjson
 import psutil
 import zmq
 import zmq.asyncio
-from fastapi import Response
-from pydantic import BaseModel, ValidationError
-from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
-from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
-from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
-from sglang.srt.utils.json_response import model_json_response
 
 from sidp_sgl.batch.engine_process import ANSWER, FAILED, READY, REQUEST, STATUS, STOP
-from sidp_sgl.batch.records import error_body
-from sidp_sgl.batch.request import CHAT, COMPLETIONS
-from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
+from sidp_sgl.batch.handlers import SERVER_ERROR, Handlers
+from sidp_sgl.scheduler.lifecycle.liveness import RankFailure, one_line
 
 _WATCH_SECONDS = 0.5
 _STATUS_SECONDS = 2.0
 _REASON_SECONDS = 10.0  # an engine without --sidp never says why it does not answer
-_BAD_REQUEST, _SERVER_ERROR = 400, 500
-_ERROR_TYPES = {_BAD_REQUEST: "invalid_request_error"}
+_FAILING_SECONDS = 1.0
+_LOST_SECONDS = 600.0  # with requests and nothing to do; tokenizing a long prompt takes a minute
 
 
 def serve(engine: Any, socket: zmq.Socket) -> None:
@@ -37,14 +32,14 @@ class _Serving:
     def __init__(self, engine: Any, socket: zmq.asyncio.Socket) -> None:
         self._engine = engine
         self._socket = socket
-        manager, templates = engine.tokenizer_manager, engine.template_manager
-        self._handlers: dict[str, tuple[type[BaseModel], Any]] = {
-            CHAT: (ChatCompletionRequest, OpenAIServingChat(manager, templates)),
-            COMPLETIONS: (CompletionRequest, OpenAIServingCompletion(manager, templates)),
-        }
+        self._handlers = Handlers(engine.tokenizer_manager, engine.template_manager)
         self._processes = [psutil.Process(pid) for pid in engine.get_all_child_pids()]
         self._tasks: set[asyncio.Task] = set()
-        self._failed = asyncio.Event()
+        self._loads = engine.tokenizer_manager.load_snapshot_reader
+        self._busy_at = time.monotonic()
+        self._failure = asyncio.Event()
+        self._reason_given: str | None = None
+        self._is_over = False
         # The job is told once; SGLang would log it with every request that was waiting.
         logging.getLogger(OpenAIServingBase.__module__).addFilter(_is_no_rank_failure)
 
@@ -53,6 +48,7 @@ class _Serving:
         loops = [self._read(), self._report(), self._watch()]
         running = [asyncio.ensure_future(loop) for loop in loops]
         await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        self._is_over = True
         for task in [*running, *self._tasks]:
             task.cancel()
         results = await asyncio.gather(*running, return_exceptions=True)
@@ -69,42 +65,52 @@ class _Serving:
                 line, url = orjson.loads(message[0])
                 task = asyncio.ensure_future(self._answer(line, url, message[1]))
                 self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                task.add_done_callback(self._end)
 
     async def _answer(self, line: int, url: str, body: bytes) -> None:
-        status, content, usage = await self._handle(url, body)
-        # An engine that has failed answers with a server error: that is no result.
-        if status >= _SERVER_ERROR and self._has_lost_a_process():
-            self._failed.set()
-            return
-        header = orjson.dumps([line, status, *usage])
-        await self._socket.send_multipart([ANSWER, header, content])
+        result = await self._handlers.answer(url, body)
+        if result.status >= SERVER_ERROR and await self._is_failing():
+            return  # what a failing engine answers is no result
+        header = orjson.dumps([line, result.status, *result[2:]])
+        await self._socket.send_multipart([ANSWER, header, result.body])
+        self._busy_at = time.monotonic()
 
-    async def _handle(self, url: str, body: bytes) -> tuple[int, bytes, tuple[int, int]]:
-        """HTTP status, JSON body, prompt and output tokens."""
-        model, handler = self._handlers[url]
-        try:
-            request = model.model_validate_json(body)
-        except ValidationError as error:
-            return _BAD_REQUEST, _error(_BAD_REQUEST, _text_of(error)), (0, 0)
-        response = await handler.handle_request(request, None)
-        usage = getattr(response, "usage", None)
-        rendered: Response = model_json_response(response)
-        if rendered.status_code < _BAD_REQUEST:
-            tokens = (usage.prompt_tokens, usage.completion_tokens or 0) if usage else (0, 0)
-            return rendered.status_code, bytes(rendered.body), tokens
-        message = orjson.loads(rendered.body)["message"]
-        return rendered.status_code, _error(rendered.status_code, message), (0, 0)
+    def _end(self, task: asyncio.Task) -> None:
+        """Nothing leaves a request unanswered: where no answer was sent, the engine has failed."""
+        self._tasks.discard(task)
+        if task.cancelled():
+            if not self._is_over:
+                self._fail("a request was cancelled in the engine's process")
+        elif (error := task.exception()) is not None:
+            self._fail(f"an answer was not sent: {one_line(error)}")
+
+    async def _is_failing(self) -> bool:
+        """A failing engine answers before its processes have ended."""
+        if not self._has_lost_a_process():
+            await asyncio.sleep(_FAILING_SECONDS)
+        return self._failure.is_set() or self._has_lost_a_process()
+
+    def _fail(self, reason: str) -> None:
+        self._reason_given = self._reason_given or reason
+        self._failure.set()
 
     async def _watch(self) -> None:
-        """Until a process of the engine has ended; tells the job why."""
-        while not self._has_lost_a_process():
-            try:
-                await asyncio.wait_for(self._failed.wait(), _WATCH_SECONDS)
-            except TimeoutError:
-                continue
-        content = {"reason": await self._reason(), "usage": False}
+        """Until the engine has failed; tells the job why."""
+        while not (self._failure.is_set() or self._has_lost_a_process()):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._failure.wait(), _WATCH_SECONDS)
+            self._look_for_lost_requests()
+        content = {"reason": self._reason_given or await self._reason(), "usage": False}
         await self._socket.send_multipart([FAILED, orjson.dumps(content)])
+
+    def _look_for_lost_requests(self) -> None:
+        now, loads = time.monotonic(), self._loads.read_all()
+        is_known = bool(loads) and all(load.timestamp for load in loads)
+        has_work = any(load.num_running_reqs or load.num_waiting_reqs for load in loads)
+        if has_work or not (self._tasks and is_known):
+            self._busy_at = now
+        if now - self._busy_at > _LOST_SECONDS:
+            self._fail(f"{len(self._tasks)} requests got no answer, and no rank has them")
 
     def _has_lost_a_process(self) -> bool:
         return any(not _is_alive(process) for process in self._processes)
@@ -124,16 +130,15 @@ class _Serving:
 
     async def _report(self) -> None:
         """Mode mix and KV use, for the progress bar."""
-        loads = self._engine.tokenizer_manager.load_snapshot_reader
         while True:
             try:
                 states = [state["sidp"] for state in await self._states() if "sidp" in state]
                 iterations = [state["iterations"] for state in states]
                 was, cas = (sum(steps[mode] for steps in iterations) for mode in ("was", "cas"))
-                status = [was, cas, _kv_use(loads)]
+                status = [was, cas, _kv_use(self._loads)]
                 await self._socket.send_multipart([STATUS, orjson.dumps(status)])
-            except RankFailure:
-                self._failed.set()
+            except RankFailure as failure:
+                self._fail(str(failure))
             await asyncio.sleep(_STATUS_SECONDS)
 
 
@@ -153,13 +158,3 @@ def _is_alive(process: psutil.Process) -> bool:
 
 def _is_no_rank_failure(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], RankFailure))
-
-
-def _error(status: int, message: str) -> bytes:
-    return error_body(message, _ERROR_TYPES.get(status, "server_error"), status)
-
-
-def _text_of(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()
-    )

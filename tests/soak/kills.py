@@ -78,6 +78,10 @@ class Kills:
             if (code := running.wait()) != 0:
                 self.problems.append(f"the last run ended with {code}")
             self._look()
+            # What ran alone when a rank was killed has been taken for the cause.
+            running = RunBatch(self._disk, *FLAGS, "--retry-errors", log=self.log)
+            if (code := running.wait()) != 0:
+                self.problems.append(f"running the errors again ended with {code}")
         finally:
             if running is not None:
                 running.process.kill()

@@ -1,4 +1,5 @@
-"""Faults on purpose in an engine under test: forced switches of the mode, declines, late answers.
+"""Faults on purpose in an engine under test: forced switches of the mode, declines, late answers,
+and prompts that end it.
 
 Ranks are processes of their own. SGLang loads the plugins that it finds on the path in each of
 them: inside `disturbed` there is one more, which is `install` below.
@@ -6,6 +7,7 @@ them: inside `disturbed` there is one more, which is `install` below.
 
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -17,10 +19,13 @@ from typing import Any
 from unittest.mock import patch
 
 import orjson
+import psutil
 
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
 
+POISONS = ("rank", "raise", "controller", "detokenizer", "engine")
+_POISON = "poison: "
 _VARIABLE = "SIDP_TEST_DISTURBANCES"
 _PLUGIN = {
     "METADATA": "Metadata-Version: 2.1\nName: sidp-disturbances\nVersion: 0\n",
@@ -46,11 +51,13 @@ def disturbed(disturbances: Disturbances) -> Iterator[None]:
         tempfile.TemporaryDirectory(prefix="disturbances-") as folder,
         patch.dict(os.environ, {_VARIABLE: orjson.dumps(asdict(disturbances)).decode()}),
     ):
+        # A command that is started gets the environment, a spawned process this one's path.
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
         plugin = Path(folder, "sidp_disturbances-0.dist-info")
         plugin.mkdir()
         for name, text in _PLUGIN.items():
             (plugin / name).write_text(text)
-        sys.path.append(folder)  # spawned processes get this process's path, not PYTHONPATH
+        sys.path.append(folder)
         try:
             yield
         finally:
@@ -67,6 +74,42 @@ def install() -> None:
             disturb(plane, Disturbances(**orjson.loads(text)))
 
     ControlPlane.__init__ = disturbed_init  # type: ignore[method-assign]
+    if scheduler := sys.modules.get("sglang.srt.managers.scheduler"):
+        _take_poison(scheduler.Scheduler)
+
+
+def poison(kind: str) -> str:
+    """A prompt at which a rank ends the engine; `kind` is one of POISONS."""
+    return _POISON + kind
+
+
+def _take_poison(scheduler: Any) -> None:
+    handle = scheduler.handle_generate_request
+
+    def handle_or_end(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        text = request.input_text or ""
+        if text.startswith(_POISON):
+            _end(text.removeprefix(_POISON))
+        handle(self, request, *args, **kwargs)
+
+    scheduler.handle_generate_request = handle_or_end
+
+
+def _end(kind: str) -> None:
+    """In a rank: its parent is the DP controller, and that one's the engine's main process."""
+    controller = psutil.Process(os.getppid())
+    engine = psutil.Process(controller.ppid())
+    siblings = {"".join(child.cmdline()[:1]): child for child in engine.children()}
+    match kind:
+        case "rank":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "controller":
+            controller.kill()
+        case "detokenizer":
+            siblings["sglang::detokenizer"].kill()
+        case "engine":
+            engine.kill()
+    raise RuntimeError(f"poisoned by {kind}")
 
 
 def disturb(plane: ControlPlane, disturbances: Disturbances) -> None:

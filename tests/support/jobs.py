@@ -38,7 +38,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 class FakeEngine:
     """Answers up to `per_call` requests in random order; dies after `lives_for` answers.
 
-    A prompt that begins with `bad` is answered with an error.
+    A prompt that begins with `bad` is answered with an error, one with `poison` ends it.
     """
 
     def __init__(
@@ -72,18 +72,20 @@ class FakeEngine:
     def receive(self, timeout: float) -> list[Answer]:
         answers = []
         for _ in range(min(self._per_call, len(self._waiting))):
+            place = self._random.randrange(len(self._waiting))
+            if _prompt(self._waiting[place]).startswith("poison"):
+                self._lives_for = 0
             if self._lives_for is not None:
                 if not self._lives_for:
                     break
                 self._lives_for -= 1
-            place = self._random.randrange(len(self._waiting))
             answers.append(self.answer(self._waiting.pop(place)))
         if not answers and self._lives_for == 0:
             raise EngineEnded("DP rank 1 was killed")
         return answers
 
     def answer(self, request: Request) -> Answer:
-        prompt = orjson.loads(request.body)["prompt"]
+        prompt = _prompt(request)
         if prompt.startswith("bad"):
             return Answer(request.line, 400, error_body("too long", "invalid_request_error", 400))
         body = orjson.dumps({"choices": [{"text": f"answer to {prompt}"}]})
@@ -91,3 +93,7 @@ class FakeEngine:
 
     def close(self) -> None:
         self.is_closed = True
+
+
+def _prompt(request: Request) -> str:
+    return orjson.loads(request.body)["prompt"]

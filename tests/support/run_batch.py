@@ -87,8 +87,8 @@ class RunBatch:
                     found += ranks(child.pid).values()
         return found
 
-    def wait(self) -> int:
-        return self.process.wait(WAIT_SECONDS)
+    def wait(self, seconds: float = WAIT_SECONDS) -> int:
+        return self.process.wait(seconds)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import time
 import uuid
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.support.disturbances import (
     ForcedSwitches,
     disturbed,
     install,
+    poison,
 )
 
 
@@ -84,3 +86,17 @@ def test_modes_change_every_few_steps_whatever_the_batch(steps: int) -> None:
     assert modes == ([CAS] * steps + [WAS] * steps) * 3
     assert policy.switches == policy.reasons["forced"] == 5
     assert policy.mode == WAS
+
+
+def test_prompts_that_end_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    handled, ended = [], []
+
+    class Scheduler:
+        def handle_generate_request(self, request: SimpleNamespace) -> None:
+            handled.append(request.input_text)
+
+    monkeypatch.setattr(disturbances, "_end", ended.append)
+    disturbances._take_poison(Scheduler)
+    for text in ("1+1=", None, poison("rank")):
+        Scheduler().handle_generate_request(SimpleNamespace(input_text=text))
+    assert handled == ["1+1=", None, poison("rank")] and ended == ["rank"]

@@ -1,16 +1,24 @@
 """`sidp-sgl run-batch` as a user meets it, with an engine that answers at once."""
 
+import gzip
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import orjson
 import pytest
 
 from sidp_sgl import cli
 from sidp_sgl.batch import command
 from sidp_sgl.batch.errors import EngineEnded
+from sidp_sgl.batch.records import Answer
+from sidp_sgl.batch.settings import DETERMINISTIC
+from sidp_sgl.batch.state import StateFile
+from sidp_sgl.batch.suspects import Suspects
 from sidp_sgl.errors import SidpUsageError
 from tests.support.jobs import FakeEngine, line, records, write_lines
 
@@ -188,3 +196,178 @@ def test_signals(job: Path, monkeypatch: pytest.MonkeyPatch, capsys, number: int
     assert signal.getsignal(number) == before
     assert run(job) == 0
     assert len(statuses(job)) == 3
+
+
+def test_requests_that_end_the_engine(job: Path, engines: list[Process], capsys) -> None:
+    """They do not count against --max-restarts; --retry-errors runs them again."""
+    lines = [line("a"), line("p", "poison"), line("c"), line("q", "poison"), line("e")]
+    write_lines(job / "in", lines)
+    assert run(job, "--max-restarts", "1") == 0
+    assert statuses(job) == {"a": 200, "p": 500, "c": 200, "q": 500, "e": 200}
+    error = capsys.readouterr().err
+    assert "5 requests were in the engine when it ended: they run one by one" in error
+    assert "line 2 (p) has ended the engine, alone in it" in error
+    assert "2 of them error records" in error and "3 restarts of the engine" in error
+    assert run(job, "--retry-errors", "--max-restarts", "1") == 0
+    assert statuses(job) == {"a": 200, "p": 500, "c": 200, "q": 500, "e": 200}
+
+
+def test_a_stopped_job_remembers_its_suspects(
+    job: Path, engines: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(job / "in", [line("a"), line("p", "poison"), line("c")])
+    assert run(job, "--max-restarts", "0") == 1
+    assert orjson.loads((job / "out.state").read_bytes())["suspects"] == [[1, 3, 1]]
+    assert run(job, "--max-restarts", "0") == 0
+    assert statuses(job) == {"a": 200, "p": 500, "c": 200}
+    assert len(engines) == 3  # the first, one that p ends, and one for c
+    assert [request.line for request in engines[1].sent] == [0, 1, 2]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_a_job_that_is_killed_with_its_engine(
+    job: Path, engines: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a container is whose memory ran out: its second end makes what was in it suspect."""
+    write_lines(job / "in", [line("a"), line("p", "poison"), line("c")])
+    note = StateFile.note
+
+    def note_until_killed(state: StateFile, suspects: Suspects, is_running: bool) -> None:
+        if is_running:  # after SIGKILL nothing is noted
+            note(state, suspects, is_running)
+
+    def receive(engine: Process, timeout: float) -> list[Answer]:
+        try:
+            return FakeEngine.receive(engine, timeout)
+        except EngineEnded:
+            raise Killed from None
+
+    monkeypatch.setattr(StateFile, "note", note_until_killed)
+    monkeypatch.setattr(Process, "options", {"per_call": 1, "seed": 1})
+    monkeypatch.setattr(Process, "receive", receive)
+    num_kills = 0
+    while num_kills < 10:
+        try:
+            assert run(job) == 0
+            break
+        except Killed:
+            num_kills += 1
+    assert 2 <= num_kills <= 3  # twice among others, once alone
+    assert statuses(job) == {"a": 200, "p": 500, "c": 200}
+    message = next(r for r in records(job / "out") if r["custom_id"] == "p")["response"]["body"]
+    assert "runs of this job were killed" in message["error"]["message"]
+
+
+def test_a_killed_run_alone_makes_nothing_suspect(job: Path, engines: list[Process]) -> None:
+    state = {"suspects": [], "num_lost": 1}
+    assert run(job) == 0
+    content = orjson.loads((job / "out.state").read_bytes())
+    assert {name: content[name] for name in state} == {"suspects": [], "num_lost": 0}
+    (job / "out").unlink()
+    (job / "out.state").write_bytes(orjson.dumps({**content, **state}))
+    assert run(job) == 0
+    assert [request.line for request in engines[1].sent] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+@pytest.mark.parametrize("name", ["out", "out.state"])
+def test_the_input_is_not_written_over(
+    job: Path, engines: list[Process], capsys, link: Callable | None, name: str
+) -> None:
+    content = (job / "in").read_bytes()
+    if link is None:
+        os.rename(job / "in", job / name)
+    else:
+        link(job / "in", job / name)
+    source = job / name if link is None else job / "in"
+    assert cli.main(["run-batch", "-i", str(source), "-o", str(job / "out"), "--dtype", "a"]) == 2
+    error = capsys.readouterr().err
+    assert f"--output-file {job / 'out'} and --input-file {source} are one file" in error
+    assert error.count("\n") == 1 and not engines
+    assert source.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (["-i", "https://h/x.jsonl", "-o", "out"], "--input-file https://h/x.jsonl is a URL"),
+        (["-i", "s3://b/x.jsonl", "-o", "out"], "--input-file s3://b/x.jsonl is a URL"),
+        (["-i", "in", "-o", "s3://b/out"], "--output-file s3://b/out is a URL"),
+        (["-i", "in", "-o", "-", "--retry-errors"], "--retry-errors does not go with"),
+    ],
+)
+def test_what_no_file_can_be(engines: list[Process], capsys, files: list[str], reason: str) -> None:
+    assert cli.main(["run-batch", *files, "--dtype", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
+    assert not engines and not os.path.exists("out")
+
+
+def test_standard_input_and_output(
+    job: Path, engines: list[Process], capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`gzip -c in | sidp-sgl run-batch -i - -o - > out`."""
+    (job / "in.gz").write_bytes(gzip.compress((job / "in").read_bytes()))
+    with open(job / "in.gz") as source:
+        monkeypatch.setattr(sys, "stdin", source)
+        assert cli.main(["run-batch", "-i", "-", "-o", "-", "--dtype", "auto"]) == 0
+    output = capfd.readouterr()
+    found = {record["custom_id"] for record in map(orjson.loads, output.out.splitlines())}
+    assert found == {"a", "b", "c"}
+    assert "3 of 3 requests done" in output.err
+    assert sorted(os.listdir(job)) == ["in", "in.gz"]
+
+
+def test_a_file_that_is_piped_continues(
+    job: Path, engines: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        reading, writing = os.pipe()
+        os.write(writing, (job / "in").read_bytes())
+        os.close(writing)
+        with open(reading) as source:
+            monkeypatch.setattr(sys, "stdin", source)
+            assert cli.main(["run-batch", "-i", "-", "-o", str(job / "out"), "--dtype", "a"]) == 0
+    assert [engine.started for engine in engines] == [True, False]
+    assert len(statuses(job)) == 3
+
+
+def test_standard_output_that_nobody_reads(
+    job: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as target:
+        monkeypatch.setattr(sys, "stdout", target)
+        assert cli.main(["run-batch", "-i", str(job / "in"), "-o", "-", "--dtype", "auto"]) == 1
+        monkeypatch.undo()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--output-file -: Broken pipe; what it has written is whole" in error
+
+
+def test_no_standard_output(job: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli.main(["run-batch", "-i", str(job / "in"), "-o", "-", "--dtype", "auto"]) == 2
+    assert "--output-file - and standard output is closed" in capsys.readouterr().err
+
+
+def test_seeds_that_are_not_kept_to(job: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """One line, and none where SGLang does keep to them."""
+    write_lines(
+        job / "in", [line("a", seed=1), line("b", seed=2), line("c", seed=3, temperature=0)]
+    )
+    assert run(job) == 0
+    warning = "2 requests have a seed, which SGLang keeps to with --enable-deterministic-inference"
+    assert capsys.readouterr().err.count(warning) == 1
+    look = Process.look
+
+    def look_deterministic(engine: Process, timeout: float) -> dict[str, str]:
+        return {**look(engine, timeout), DETERMINISTIC: "True"}
+
+    monkeypatch.setattr(Process, "look", look_deterministic)
+    (job / "out").unlink()
+    assert run(job) == 0
+    assert warning not in capsys.readouterr().err

@@ -1,8 +1,10 @@
 """The input file: every line is checked, with its number, in bounded memory."""
 
 import errno
+import gzip
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -64,8 +66,70 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         InputFile(tmp_path / "absent")
     with pytest.raises(SidpUsageError, match="--input-file"):
         InputFile(tmp_path)
-    with pytest.raises(SidpUsageError, match="no regular file"):
+    with pytest.raises(SidpUsageError, match=r"no regular file, .* use - for standard input"):
         InputFile(Path(os.devnull))
+
+
+def test_gzip_is_read_by_its_content(tmp_path: Path) -> None:
+    """Also twice, in several parts, and the job is the same as with the file as it was."""
+    texts = [b"\xef\xbb\xbf", good(1), good(2), b"\n", good(3)]
+    plain = written(tmp_path / "plain", *texts).check()
+    packed = written(tmp_path / "in", *map(gzip.compress, texts))
+    assert packed.check() == plain
+    assert [found.custom_id for found in packed.requests(lambda _: False)] == ["r1", "r2", "r3"]
+
+
+@pytest.mark.parametrize("damage", [slice(0, -9), slice(0, 15)])
+def test_damaged_gzip(tmp_path: Path, damage: slice) -> None:
+    content = gzip.compress(b"".join(map(good, range(1000))))
+    with pytest.raises(SidpUsageError, match="in is damaged gzip data"):
+        written(tmp_path / "in", content[damage]).check()
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 0xFF
+    with pytest.raises(SidpUsageError):
+        written(tmp_path / "in", bytes(changed)).check()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_other_encodings_are_named(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    utf16 = good(1).decode().encode("utf-16")
+    with pytest.raises(SidpUsageError, match="in is UTF-16: convert the file") as caught:
+        written(tmp_path / "in", pack(utf16))
+    assert "\n" not in str(caught.value)
+    latin = orjson.dumps(line("r2", "caf\u00e9")).decode().encode("latin-1") + b"\n"
+    with pytest.raises(
+        SidpUsageError, match=r"line 2 is not UTF-8 but, it seems, Latin-1"
+    ) as caught:
+        written(tmp_path / "in", pack(good(1) + latin + latin)).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_input_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = written(tmp_path / "in", good(1))
+
+    class Broken:
+        def seek(self, place: int) -> None: ...
+
+        def readline(self, size: int) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(opened, "_file", Broken())
+    with pytest.raises(JobError, match="in: Input/output error"):
+        opened.check()
+
+
+def test_seeds_are_counted(tmp_path: Path) -> None:
+    """Of requests that sample: temperature 0 needs none."""
+    lines = [
+        line("a"),
+        line("b", seed=1),
+        line("c", seed=1, temperature=0),
+        line("d", seed=None),
+        line("e", seed=0, temperature=0.7),
+    ]
+    opened = InputFile(write_lines(tmp_path / "in", lines))
+    opened.check()
+    assert opened.num_seeded == 2
 
 
 def test_a_line_too_long_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,20 +14,29 @@ from hypothesis import strategies as st
 from sidp_sgl.batch import duplicates
 from sidp_sgl.batch.errors import Interrupted, JobError
 from sidp_sgl.batch.input import InputFile
-from sidp_sgl.batch.job import Job, Limits
+from sidp_sgl.batch.job import Job
 from sidp_sgl.batch.output import OutputFile
 from sidp_sgl.batch.progress import Progress, Tally
+from sidp_sgl.batch.request import Request
 from sidp_sgl.batch.resume import Done
+from sidp_sgl.batch.streams import NoJournal
+from sidp_sgl.batch.suspects import Suspects
+from sidp_sgl.batch.window import Bounds, Window
 from tests.support.jobs import FakeEngine, line, records, write_lines
 
-LIMITS = Limits(max_in_flight=16, max_restarts=3)
+BOUNDS = Bounds(max_in_flight=16)
 
 
 class Run:
     """One run of the command's inner part over files in `folder`."""
 
     def __init__(
-        self, folder: Path, limits: Limits = LIMITS, output: OutputFile | None = None
+        self,
+        folder: Path,
+        bounds: Bounds = BOUNDS,
+        output: OutputFile | None = None,
+        suspects: Suspects | None = None,
+        max_restarts: int = 3,
     ) -> None:
         input_file = InputFile(folder / "in")
         contents = input_file.check()
@@ -38,7 +47,9 @@ class Run:
         tally = Tally(contents.num_requests, self.done.num_records)
         self.progress = Progress(tally, self.text)
         requests = input_file.requests(self.done.__contains__)
-        self.job = Job(requests, self.output, self.done, self.progress, limits)
+        self.suspects = suspects or Suspects()
+        window = Window(requests, bounds, self.suspects)
+        self.job = Job(window, self.output, self.done, self.progress, NoJournal(), max_restarts)
 
     def start(self, engines: Iterable[FakeEngine], check_signals=lambda: None) -> None:
         """Closes the output, however the run ends."""
@@ -53,10 +64,13 @@ def write_input(folder: Path, number: int) -> Path:
     return write_lines(folder / "in", (line(f"r{n}", f"{n}=") for n in range(number)))
 
 
-def assert_complete(folder: Path, number: int) -> None:
+def assert_complete(folder: Path, number: int, may_be_blamed: bool = False) -> None:
+    """`may_be_blamed`: an engine that dies anyhow may have done so with a request alone in it."""
     found = records(folder / "out")
     assert sorted(record["custom_id"] for record in found) == sorted(f"r{n}" for n in range(number))
     for record in found:
+        if may_be_blamed and record["response"]["status_code"] == 500:
+            continue
         prompt = record["custom_id"].removeprefix("r") + "="
         assert record["response"]["body"]["choices"][0]["text"] == f"answer to {prompt}"
 
@@ -66,7 +80,7 @@ def test_everything_is_answered_in_a_bounded_window(tmp_path: Path) -> None:
     engine = FakeEngine()
     Run(tmp_path).start([engine])
     assert_complete(tmp_path, 500)
-    assert engine.most_waiting == LIMITS.max_in_flight
+    assert engine.most_waiting == BOUNDS.max_in_flight
     assert engine.is_closed
 
 
@@ -74,14 +88,14 @@ def test_the_window_is_bounded_in_bytes(tmp_path: Path) -> None:
     lines = (line(f"r{n}", f"{n}=" + " " * 1000) for n in range(100))
     longest = max(map(len, write_lines(tmp_path / "in", lines).read_bytes().splitlines())) + 1
     engine = FakeEngine()
-    Run(tmp_path, Limits(max_in_flight=50, max_restarts=0, max_bytes=5 * longest)).start([engine])
+    Run(tmp_path, Bounds(50, max_bytes=5 * longest)).start([engine])
     assert len(records(tmp_path / "out")) == 100
     assert 4 * longest < engine.most_bytes_waiting <= 6 * longest
 
 
 def test_a_request_larger_than_the_window(tmp_path: Path) -> None:
     write_input(tmp_path, 5)
-    Run(tmp_path, Limits(max_in_flight=50, max_restarts=0, max_bytes=1)).start([FakeEngine()])
+    Run(tmp_path, Bounds(50, max_bytes=1)).start([FakeEngine()])
     assert_complete(tmp_path, 5)
 
 
@@ -105,14 +119,116 @@ def test_a_dead_engine_is_replaced(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_dies_too_often(tmp_path: Path) -> None:
-    write_input(tmp_path, 100)
-    engines = [FakeEngine(lives_for=5) for _ in range(9)]
+    """Its requests run alone and end no engine: each end counts."""
+    write_input(tmp_path, 200)
+    engines = [FakeEngine(lives_for=30) for _ in range(9)]
     with pytest.raises(JobError, match="after 3 restarts, --max-restarts"):
         Run(tmp_path).start(engines)
     assert sum(engine.is_closed for engine in engines) == 4
-    assert len(records(tmp_path / "out")) == 20
+    assert len(records(tmp_path / "out")) == 4 * 30 - 3  # less a probe per restart
     Run(tmp_path).start([FakeEngine()])
-    assert_complete(tmp_path, 100)
+    assert_complete(tmp_path, 200)
+
+
+def statuses(folder: Path) -> dict[str, int]:
+    found = records(folder / "out")
+    by_id = {record["custom_id"]: record["response"]["status_code"] for record in found}
+    assert len(by_id) == len(found)
+    return by_id
+
+
+@settings(deadline=None)
+@given(
+    number=st.integers(1, 120),
+    poisons=st.sets(st.integers(0, 119), max_size=10),
+    window=st.integers(1, 130),
+    seed=st.integers(0, 1000),
+)
+def test_requests_that_end_the_engine(
+    number: int, poisons: set[int], window: int, seed: int
+) -> None:
+    """They get error records, all others their answers, and --max-restarts is not used up."""
+    names = [("poison" if n in poisons else "good") + str(n) for n in range(number)]
+    num_poisons = sum(name.startswith("poison") for name in names)
+    with TemporaryDirectory() as folder_name:
+        folder = Path(folder_name)
+        write_lines(folder / "in", (line(name, name) for name in names))
+        run = Run(folder, Bounds(window), max_restarts=2)
+        engines = [FakeEngine(seed + n) for n in range(3 * num_poisons + 1)]
+        run.start(engines)
+        found = {record["custom_id"]: record["response"] for record in records(folder / "out")}
+    assert sorted(found) == sorted(names)
+    for name, response in found.items():
+        if name.startswith("poison"):
+            assert response["status_code"] == 500
+            assert "has ended the engine, alone in it: DP" in response["body"]["error"]["message"]
+        else:
+            assert response["body"]["choices"] == [{"text": f"answer to {name}"}]
+    steps = 2 if window <= 64 else 3
+    assert run.progress.tally.restarts <= steps * num_poisons
+    assert run.progress.tally.errors == run.done.num_errors == num_poisons
+
+
+def test_no_engine_is_started_for_nothing(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [line("a", "poison")])
+    engines = [FakeEngine(), FakeEngine(), FakeEngine()]
+    Run(tmp_path).start(engines)
+    assert statuses(tmp_path) == {"a": 500}
+    assert not engines[2].sent and not engines[2].is_closed
+
+
+def test_an_engine_that_answers_nothing_is_nobodys_fault(tmp_path: Path) -> None:
+    """It does not survive a request that is known to be harmless."""
+    write_input(tmp_path, 5)
+    engines = [FakeEngine(lives_for=0) for _ in range(9)]
+    with pytest.raises(JobError, match="after 3 restarts"):
+        Run(tmp_path).start(engines)
+    assert not records(tmp_path / "out")
+    assert [request.line for request in engines[1].sent] == [0]
+
+
+def test_too_many_requests_that_end_the_engine(tmp_path: Path) -> None:
+    names = [f"poison{n}" for n in range(50)]
+    write_lines(tmp_path / "in", (line(name, name) for name in names))
+    run = Run(tmp_path)
+    with pytest.raises(JobError, match="11 of 11 requests have ended the engine, which looks"):
+        run.start(FakeEngine() for _ in range(100))
+    assert statuses(tmp_path) == dict.fromkeys(names[:11], 500)
+
+
+def test_what_was_in_killed_runs_is_suspect(tmp_path: Path) -> None:
+    """As if the engine had ended then: groups become smaller, until a line is to blame."""
+    write_input(tmp_path, 300)
+    run = Run(tmp_path, Bounds(200))
+    run.job.suspect_what_was_lost()
+    assert run.suspects.ranges == [(1, 200, 14)]
+    run.job.suspect_what_was_lost()
+    assert run.suspects.ranges == [(1, 14, 1), (1, 200, 14)]
+    run.job.suspect_what_was_lost()
+    engine = FakeEngine()
+    run.start([engine])
+    assert [request.line for request in engine.sent] == [0, *range(2, 301)]
+    assert engine.most_waiting == 100
+    assert [name for name, status in statuses(tmp_path).items() if status == 500] == ["r0"]
+    assert run.progress.tally.restarts == 0
+
+
+def test_a_request_that_is_lost_on_the_way_is_missed(tmp_path: Path) -> None:
+    write_input(tmp_path, 20)
+    run = Run(tmp_path)
+    window = run.job._window
+    take = window.take
+
+    def lose() -> Request | None:
+        request = take()
+        if request is not None and request.line == 7:
+            window.finish(7)
+            request = take()
+        return request
+
+    window.take = lose  # type: ignore[method-assign]
+    with pytest.raises(JobError, match="1 requests have no record"):
+        run.start([FakeEngine()])
 
 
 def test_an_engine_that_never_starts_is_not_started_again(tmp_path: Path) -> None:
@@ -180,7 +296,7 @@ def test_kills_at_any_point(
         run, engine = Run(folder), FakeEngine(seed)
         run.start([engine])
         assert len(engine.sent) == number - num_finished  # and nothing of it runs again
-        assert_complete(folder, number)
+        assert_complete(folder, number, may_be_blamed=bool(deaths))
 
 
 def test_stopped_by_a_signal(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_writte
         return write(descriptor, content[:num_written])
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(JobError, match=r"No space left on device.* same command"):
+    with pytest.raises(JobError, match=r"No space left on device: see to the disk"):
         output.append(RECORDS[1:])
     monkeypatch.undo()
     assert output.path.read_bytes() == RECORDS[0]

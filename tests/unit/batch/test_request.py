@@ -32,7 +32,7 @@ def test_a_request() -> None:
     ("text", "reason"),
     [
         (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
+        (b"\xff", "not UTF-8 but, it seems, Latin-1 (byte 0xFF at column 1)"),
         (b"[]", "not a JSON object"),
         (changed(custom_id=1), "custom_id is missing or no text"),
         (changed(custom_id=""), "custom_id is missing or no text"),
@@ -71,7 +71,21 @@ def test_any_fields(fields: dict[str, object]) -> None:
     except LineError:
         return
     assert request.custom_id == fields["custom_id"] and request.url in URLS
-    assert orjson.loads(request.body) == fields["body"]
+    body = dict(fields["body"])  # type: ignore[call-overload]
+    body.pop("rid", None)
+    assert orjson.loads(request.body) == body
+
+
+def test_an_id_of_the_engines_never_decides() -> None:
+    """Two requests of one rid can't be in SGLang at a time."""
+    for rid in ("same", ["a", "b"], 7, None):
+        assert b"rid" not in parse(1, orjson.dumps(line("a", rid=rid))).body
+
+
+def test_a_body_that_is_nested_deeply() -> None:
+    text = orjson.dumps(line("a")).replace(b'"demo"', b"[" * 500 + b"]" * 500)
+    with pytest.raises(LineError, match="can't be passed on"):
+        parse(1, text)
 
 
 @given(st.integers(1, 2**62), st.sampled_from([200, 400, 500]), st.text(min_size=1), JSON)
