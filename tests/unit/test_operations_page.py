@@ -7,6 +7,7 @@ from pathlib import Path
 
 import sidp_sgl
 from sidp_sgl.sglang_hooks.refusals import RULES
+from sidp_sgl.sglang_hooks.sampling.conditions import RULES as SAMPLING_RULES
 
 PACKAGE = Path(sidp_sgl.__file__).parent
 PAGE = (PACKAGE.parent / "docs" / "operations.md").read_text()
@@ -56,4 +57,4 @@ def test_every_message_is_on_the_page() -> None:
 
 
 def test_every_refused_flag_is_on_the_page() -> None:
-    assert not [rule.flag for rule in RULES if f"`{rule.flag}`" not in PAGE]
+    assert not [rule.flag for rule in [*RULES, *SAMPLING_RULES] if f"`{rule.flag}`" not in PAGE]
