@@ -25,7 +25,8 @@ def engine(model_path: Any, **keywords: Any) -> Iterator[sglang.Engine]:
     """A real engine on CPU ranks of a pretended size; shut down at the end."""
     # One thread per rank, whatever the number of ranks: the same sums in the same order.
     cores = sorted(os.sched_getaffinity(0))
-    bind = "|".join(str(cores[rank % len(cores)]) for rank in range(keywords.get("dp_size", 1)))
+    num_processes = keywords.get("dp_size", 1) * keywords.get("tp_size", 1)
+    bind = "|".join(str(cores[rank % len(cores)]) for rank in range(num_processes))
     with patch.dict(
         os.environ,
         SIDP_CPU_DEVICE_MEMORY=os.environ.get("SIDP_CPU_DEVICE_MEMORY", DEVICE_MEMORY),
