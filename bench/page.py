@@ -21,6 +21,7 @@ from bench import (
     peers,
     prefetch_order,
     round_trip,
+    sampling,
     scale,
     tail,
     validation_table,
@@ -160,6 +161,14 @@ SECTIONS = (
         "Dispatch: the policy's own time",
         "Per request, while 100,000 are queued; eight ranks.",
         (dispatch_overhead.table,),
+    ),
+    Section(
+        "sampling",
+        "Sampling with tensor parallelism",
+        "From every TP rank's part of the logits to the token ids, as SGLang does it and shared "
+        "([sampling.md](sampling.md)); without an engine, both in turn.",
+        (sampling.measured_table, sampling.model_table),
+        sampling.summary,
     ),
     Section(
         "batch_memory",

@@ -43,6 +43,7 @@ BENCHES = (
     Bench("fairness", 10, 12),
     Bench("dispatch_overhead", 2, 2),
     Bench("batch_memory", 2, 3),
+    Bench("sampling", 6, 4),
     Bench("peers", 32, 30, gpus=2),
 )
 

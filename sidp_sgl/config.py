@@ -8,6 +8,7 @@ from sidp_sgl.errors import SidpUsageError
 POOLS = ("ffn", "linear")
 MODES = ("auto", "was", "cas")
 PLACEMENTS = ("interleaved", "contiguous")
+AUTO, REPLICATED, SEQUENCE_PARALLEL = SAMPLINGS = ("auto", "replicated", "sequence-parallel")
 OWN_DISPATCH = "sidp"  # value of --load-balance-method
 
 
@@ -77,6 +78,15 @@ class SidpConfig:
             action="store_true",
         ),
     )
+    sidp_sampling: str | None = field(
+        default=None,
+        metadata=_flag(
+            "With tensor parallelism: each TP rank samples its share of the batch "
+            "(sequence-parallel), or all of them the whole batch (replicated); auto shares where "
+            "it can. Also without --sidp (default: auto with --sidp, else replicated).",
+            choices=SAMPLINGS,
+        ),
+    )
     group: str = ""
     own_dispatch: bool = True  # `--load-balance-method sidp`: the default with --sidp
     is_server: bool = False  # requests are those of many users, not of the program's own
@@ -96,7 +106,7 @@ class SidpConfig:
             raise SidpUsageError(f"--sidp is a switch; got {self.sidp!r}: use True or False")
         for name, options in self.flags().items():
             choices, value = options.get("choices"), getattr(self, name)
-            if choices and value not in choices:
+            if choices and value not in choices and value is not options["default"]:
                 raise SidpUsageError(
                     f"{flag_name(name)} {value!r} is unknown: choose one of {', '.join(choices)}"
                 )
@@ -115,12 +125,22 @@ class SidpConfig:
                 f"{self.sidp_mode}: leave one of them out"
             )
         if not self.sidp:
-            changed = [n for n, o in self.flags().items() if getattr(self, n) != o["default"]]
+            changed = [
+                name
+                for name, options in self.flags().items()
+                if getattr(self, name) != options["default"] and name != "sidp_sampling"
+            ]
             if changed:
                 raise SidpUsageError(
                     f"{flag_name(changed[0])} has no effect without --sidp: add it"
                 )
         return replace(self, sidp_batch_threshold=threshold)
+
+    @property
+    def sampling(self) -> str | None:
+        """AUTO or SEQUENCE_PARALLEL; None where SGLang samples as always."""
+        asked = self.sidp_sampling or (AUTO if self.sidp else REPLICATED)
+        return None if asked == REPLICATED else asked
 
     def of_engine(self, group: str, load_balance_method: str, is_server: bool) -> "SidpConfig":
         """With what one engine adds: its name, who dispatches, and whose requests."""

@@ -1,7 +1,7 @@
 """Composition root of one process: what SiDP sets up in each of SGLang's roles, in reading order.
 
-Nothing happens without --sidp, but for the flags and, on machines without an accelerator, the CPU
-platform's own hooks.
+Nothing happens without --sidp, but for the flags, sequence-parallel sampling where --sidp-sampling
+asks for it and, on machines without an accelerator, the CPU platform's own hooks.
 """
 
 import threading
@@ -16,7 +16,7 @@ from sglang.srt.runtime_context import get_device, get_exec, get_observability, 
 from tqdm import tqdm
 
 from sidp_sgl import __version__
-from sidp_sgl.config import OWN_DISPATCH, SidpConfig
+from sidp_sgl.config import OWN_DISPATCH, SEQUENCE_PARALLEL, SidpConfig
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.lifecycle.liveness import tie
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
@@ -36,6 +36,8 @@ from sidp_sgl.sglang_hooks.failures import reports, sockets
 from sidp_sgl.sglang_hooks.model.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.model.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.required import Hook
+from sidp_sgl.sglang_hooks.sampling import conditions as sampling_conditions
+from sidp_sgl.sglang_hooks.sampling.hooks import SequenceParallelSampling
 from sidp_sgl.sglang_hooks.scheduler import SchedulerHooks
 from sidp_sgl.sglang_hooks.status.members import Members
 from sidp_sgl.sglang_hooks.status.metrics import Metrics
@@ -58,6 +60,7 @@ def register() -> None:
     arguments.install_keywords()
     cuda_defaults.install()
     refusals.install()
+    sampling_conditions.install()
     failures.install()
     required.apply([Hook("sglang.srt.runtime_context.publish", _on_publish, HookType.AFTER)])
     if current_platform.device_name == SidpCpuPlatform.device_name:
@@ -72,6 +75,8 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     if role == "scheduler":
         # tqdm's own lock is a named semaphore, which may outlive a process that is killed.
         tqdm.set_lock(threading.RLock())
+        if arguments.sampling_of(server_args) == SEQUENCE_PARALLEL:
+            required.apply(SequenceParallelSampling().hooks())
     if config is None:
         return
     required.apply(sockets.HOOKS)

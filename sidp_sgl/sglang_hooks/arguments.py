@@ -1,7 +1,7 @@
 """SiDP's flags on every SGLang command line, and the same as keywords of `sgl.Engine`.
 
 The config rides on ServerArgs as `_sidp`, a plain dict: a private attribute survives the seal and
-the pickling into every process.
+the pickling into every process. How TP ranks sample rides beside it, for that goes without --sidp.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.required import Hook, check_version
 
 ATTRIBUTE = "_sidp"
+SAMPLING_ATTRIBUTE = "_sidp_sampling"
 
 
 def config_of(server_args: Any) -> SidpConfig | None:
@@ -30,6 +31,15 @@ def config_of(server_args: Any) -> SidpConfig | None:
 
 def attach(server_args: Any, config: SidpConfig) -> None:
     setattr(server_args, ATTRIBUTE, config.as_dict())
+
+
+def sampling_of(server_args: Any) -> str | None:
+    """`SidpConfig.sampling`: as asked for, and as decided once `sampling.conditions` has."""
+    return getattr(server_args, SAMPLING_ATTRIBUTE, None)
+
+
+def set_sampling(server_args: Any, sampling: str | None) -> None:
+    setattr(server_args, SAMPLING_ATTRIBUTE, sampling)
 
 
 def exit_with(error: SidpError) -> NoReturn:
@@ -96,8 +106,10 @@ def _attach_checked(server_args: Any, values: dict[str, Any], method: str, is_se
     """`method`: as the user said it, of load balancing."""
     cpu_memory.device_total_bytes()  # a size that can't be read is refused here, in one line
     config = SidpConfig.from_values(values)
-    if config.sidp:
+    if config.sidp or config.sampling:
         check_version()
+    set_sampling(server_args, config.sampling)
+    if config.sidp:
         attach(server_args, config.of_engine(uuid.uuid4().hex, method, is_server))
     elif method == OWN_DISPATCH:
         raise SidpUsageError(

@@ -31,6 +31,7 @@ def test_defaults() -> None:
         "sidp_cache_slots": None,
         "sidp_link_gbps": None,
         "sidp_colocate": False,
+        "sidp_sampling": None,
         "group": "",
         "own_dispatch": True,
         "is_server": False,
@@ -65,6 +66,20 @@ def test_known_values_pass_and_unknown_ones_are_named(name: str, choices: tuple[
         assert flag_name(name) in message
         assert repr(unknown) in message
         assert all(choice in message for choice in choices), "says what to choose from"
+
+
+@pytest.mark.parametrize("sidp", [False, True])
+def test_sampling_is_a_flag_of_its_own(sidp: bool) -> None:
+    def sampling(**values: Any) -> str | None:
+        return SidpConfig.from_values({"sidp": sidp, **values}).sampling
+
+    assert sampling() == ("auto" if sidp else None), "plain SGLang's stays as it is"
+    assert sampling(sidp_sampling="auto") == "auto"
+    assert sampling(sidp_sampling="sequence-parallel") == "sequence-parallel"
+    assert sampling(sidp_sampling="replicated") is None
+    for unknown in ("split", "", 3):
+        message = refusal(sidp=sidp, sidp_sampling=unknown)
+        assert f"--sidp-sampling {unknown!r} is unknown: choose one of auto, replicated" in message
 
 
 @pytest.mark.parametrize("slots", [0, -1, "3", 2.0, True])
