@@ -7,6 +7,7 @@ from pathlib import Path
 
 import sidp_sgl
 from sidp_sgl.sglang_hooks.refusals import RULES, TP_RULES
+from sidp_sgl.sglang_hooks.sampling.conditions import RULES as SAMPLING_RULES
 
 PACKAGE = Path(sidp_sgl.__file__).parent
 PAGE = (PACKAGE.parent / "docs" / "operations.md").read_text()
@@ -56,4 +57,5 @@ def test_every_message_is_on_the_page() -> None:
 
 
 def test_every_refused_flag_is_on_the_page() -> None:
-    assert not [rule.flag for rule in [*RULES, *TP_RULES] if f"`{rule.flag}`" not in PAGE]
+    every = [*RULES, *TP_RULES, *SAMPLING_RULES]
+    assert not [rule.flag for rule in every if f"`{rule.flag}`" not in PAGE]
