@@ -79,7 +79,7 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
             required.apply(SequenceParallelSampling().hooks())
     if config is None:
         return
-    required.apply(sockets.HOOKS)
+    sockets.hide_names()
     if role == "tokenizer":
         required.apply([*refusals.runtime_hooks(), *request_checks.HOOKS, *profiling.HOOKS])
     if role == "detokenizer":

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import sglang
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from bench.demo_job import CHECKPOINT
 from examples.demo_model.arithmetic import solve
@@ -67,8 +66,7 @@ def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     case = request.param
     plain = plain_sglang(case.model, tmp_path_factory.getbasetemp(), tp_size=2)
     with (
-        # With TP SGLang compiles the mask of the embedding; the engine before has left it there.
-        traced(PYTHONWARNINGS="ignore", TORCHINDUCTOR_CACHE_DIR=default_cache_dir()) as traces,
+        traced(PYTHONWARNINGS="ignore") as traces,
         disturbed(Disturbances(switch_every=case.switch_every)),
         engine(
             plain.folder,

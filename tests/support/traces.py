@@ -54,7 +54,8 @@ class Traces:
     def left(self) -> list[object]:
         """Processes, segments, sockets and files that are still there."""
         # Unlike rglob, walk does not mind folders that go meanwhile.
-        files = [Path(top, name) for top, dirs, names in os.walk(self.folder) for name in names]
+        walk = os.walk(self.folder)
+        files = [Path(top, name) for top, _, names in walk for name in names if not _is_kept(top)]
         segments = [path for path in self._segments if path.exists()]
         return [*self.processes(), *segments, *files]
 
@@ -64,6 +65,11 @@ class Traces:
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not left, left
+
+
+def _is_kept(folder: str) -> bool:
+    """The cache of PyTorch's compiler, which SGLang uses with tensor parallelism."""
+    return "/torchinductor_" in folder
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import zmq
+from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 
-from sidp_sgl.sglang_hooks import arguments
+from sidp_sgl.sglang_hooks import arguments, required
 from sidp_sgl.sglang_hooks.required import Hook
 
 
@@ -49,7 +50,14 @@ def _refuse_other_users(_: Any, socket: zmq.Socket, *__: Any) -> None:
     socket.set(zmq.IPC_FILTER_UID, os.getuid())
 
 
-HOOKS = [
+def hide_names() -> None:
+    """In every process of an engine with --sidp, before it makes any of them."""
+    required.apply(_HOOKS)
+    # A queue between TP ranks in a named segment, which nothing that goes with --sidp uses.
+    envs.SGLANG_USE_MESSAGE_QUEUE_BROADCASTER.set(False)
+
+
+_HOOKS = [
     Hook("sglang.srt.server_args.PortArgs.init_new", _make_addresses, HookType.AROUND),
     Hook(
         "sglang.srt.managers.load_snapshot.shm_path_for",
