@@ -57,7 +57,7 @@ def parse(line: int, text: bytes) -> Request:
         raise LineError(f"url {url} is not supported: run-batch generates text")
     if url not in URLS:
         raise LineError(f"url is {_shown(values, 'url')}: use {' or '.join(URLS)}")
-    body = values.get("body")
+    body: Any = values.get("body")
     _check_body(body, url)
     body.pop("rid", None)  # an id in the engine, where two of the same can't be at a time
     try:
