@@ -60,7 +60,7 @@ class InputFile:
 
     def _start(self) -> bytes:
         self._file.seek(0)
-        return self._read(lambda: self._file.read(encoding.NUM_BYTES))
+        return self._read(self._file.read, encoding.NUM_BYTES)
 
     def _current_version(self) -> tuple[int, int]:
         status = os.fstat(self._on_disk.fileno())
@@ -157,11 +157,11 @@ class InputFile:
             yield number, text.removeprefix(_BOM) if number == 1 else text
 
     def _read_line(self) -> bytes:
-        return self._read(lambda: self._file.readline(MAX_LINE_BYTES + 1))
+        return self._read(self._file.readline, MAX_LINE_BYTES + 1)
 
-    def _read(self, read: Callable[[], bytes]) -> bytes:
+    def _read(self, read: Callable[[int], bytes], size: int) -> bytes:
         try:
-            return read()
+            return read(size)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise SidpUsageError(
                 f"--input-file {self.path} is damaged gzip data ({error}): fetch or write it again"

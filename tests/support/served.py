@@ -21,7 +21,7 @@ from sglang.srt.runtime_context import create_context, use_context
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from bench.demo_job import CHECKPOINT
-from sidp_sgl.batch import serving
+from sidp_sgl.batch.engine import serving
 from sidp_sgl.batch.engine_process import STOP, EngineProcess
 from sidp_sgl.batch.progress import NO_STATUS
 

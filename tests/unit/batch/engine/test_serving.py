@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 
-from sidp_sgl.batch import engine_process, serving
+from sidp_sgl.batch import engine_process
+from sidp_sgl.batch.engine import serving
 from sidp_sgl.batch.errors import EngineEnded
 from sidp_sgl.batch.input import InputFile
 from sidp_sgl.batch.job import Job

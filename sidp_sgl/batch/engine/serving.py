@@ -12,8 +12,8 @@ import zmq
 import zmq.asyncio
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 
+from sidp_sgl.batch.engine.handlers import SERVER_ERROR, Handlers
 from sidp_sgl.batch.engine_process import ANSWER, FAILED, READY, REQUEST, STATUS, STOP
-from sidp_sgl.batch.handlers import SERVER_ERROR, Handlers
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure, one_line
 
 _WATCH_SECONDS = 0.5

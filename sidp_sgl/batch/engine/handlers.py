@@ -16,7 +16,7 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 from sglang.srt.utils.json_response import model_json_response
 
-from sidp_sgl.batch.bounds import out_of_bounds
+from sidp_sgl.batch.engine.bounds import out_of_bounds
 from sidp_sgl.batch.records import error_body
 from sidp_sgl.batch.request import CHAT, COMPLETIONS
 

@@ -17,7 +17,7 @@ import orjson
 import psutil
 import zmq
 
-from sidp_sgl.batch import model_path
+from sidp_sgl.batch.engine import model_path
 from sidp_sgl.batch.engine_process import FAILED, PARSED, START
 from sidp_sgl.batch.settings import settings_of
 from sidp_sgl.errors import SidpError, SidpUsageError
@@ -52,7 +52,7 @@ def main(address: str, arguments: Sequence[str]) -> None:
                 traceback.print_exc()
             _tell_failure(socket, error)
             return
-        from sidp_sgl.batch.serving import serve
+        from sidp_sgl.batch.engine.serving import serve
 
         try:
             serve(engine, socket)

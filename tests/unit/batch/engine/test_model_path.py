@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench.demo_job import CHECKPOINT
-from sidp_sgl.batch.model_path import check_config, check_path
+from sidp_sgl.batch.engine.model_path import check_config, check_path
 from sidp_sgl.errors import SidpUsageError
 
 

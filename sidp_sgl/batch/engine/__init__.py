@@ -1,0 +1,1 @@
+"""The engine's process of a job: the only files of `batch` that import SGLang."""
