@@ -66,8 +66,8 @@ def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     case = request.param
     plain = plain_sglang(case.model, tmp_path_factory.getbasetemp(), tp_size=2)
     with (
-        traced(PYTHONWARNINGS="ignore") as traces,
         disturbed(Disturbances(switch_every=case.switch_every)),
+        traced(PYTHONWARNINGS="ignore") as traces,
         engine(
             plain.folder,
             sidp=True,
