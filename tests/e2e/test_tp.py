@@ -141,7 +141,7 @@ def check_members(case: Case, status: dict) -> None:
 # What happens to one process happens to its rank.
 
 REQUESTER, OWNER = 0, 1
-NUM_TOKENS = 300
+NUM_TOKENS = 150
 
 
 async def generate(
@@ -175,7 +175,7 @@ def test_a_silent_member_of_an_owner_changes_no_token(running: Running) -> None:
 
     try:
         got = started.loop.run_until_complete(
-            asyncio.wait_for(generate(started, at=100, event=stop), 120.0)
+            asyncio.wait_for(generate(started, at=50, event=stop), 120.0)
         )
     finally:
         victim.resume()
