@@ -20,7 +20,7 @@ def _flag(help_text: str, **argparse_options: Any) -> dict[str, Any]:
 class SidpConfig:
     """What `--sidp` and its flags say; the same names as keywords of `sgl.Engine`.
 
-    `group` is the name of one engine's group, made in the main process; ranks meet under it.
+    `engine` is the name of one engine, made in the main process; its processes meet under it.
     """
 
     sidp: bool = field(
@@ -87,7 +87,7 @@ class SidpConfig:
             choices=SAMPLINGS,
         ),
     )
-    group: str = ""
+    engine: str = ""
     own_dispatch: bool = True  # `--load-balance-method sidp`: the default with --sidp
     is_server: bool = False  # requests are those of many users, not of the program's own
 
@@ -142,10 +142,10 @@ class SidpConfig:
         asked = self.sidp_sampling or (AUTO if self.sidp else REPLICATED)
         return None if asked == REPLICATED else asked
 
-    def of_engine(self, group: str, load_balance_method: str, is_server: bool) -> "SidpConfig":
+    def of_engine(self, engine: str, load_balance_method: str, is_server: bool) -> "SidpConfig":
         """With what one engine adds: its name, who dispatches, and whose requests."""
         own_dispatch = load_balance_method in ("auto", OWN_DISPATCH)
-        return replace(self, group=group, own_dispatch=own_dispatch, is_server=is_server)
+        return replace(self, engine=engine, own_dispatch=own_dispatch, is_server=is_server)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

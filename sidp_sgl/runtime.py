@@ -83,11 +83,11 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     if role == "tokenizer":
         required.apply([*refusals.runtime_hooks(), *request_checks.HOOKS, *profiling.HOOKS])
     if role == "detokenizer":
-        tie(config.group)
+        tie(config.engine)
     if role == "scheduler":
         parallel = get_parallel()
         member = Member(parallel.dp_rank, parallel.tp_rank, parallel.tp_size)
-        rank_reports = reports.RankReports(config.group, member)
+        rank_reports = reports.RankReports(config.engine, member)
         with rank_reports.errors():
             Rank(server_args, config, member, rank_reports).start()
 
@@ -126,7 +126,7 @@ class Rank:
                 config,
                 self.dp_rank,
                 self.dp_size,
-                config.group,
+                config.engine,
                 ROWS_PER_RANK,
                 self.service_share,
             )
@@ -141,7 +141,7 @@ class Rank:
         )
         self.reader = CheckpointReader(self.offloader.is_placeholder)
         controller = None if self.control is None else self.control.controller
-        self.waiting = WaitingRequests(self.dp_rank, controller, config.group)
+        self.waiting = WaitingRequests(self.dp_rank, controller, config.engine)
         has_metrics = self.control is not None and get_observability().enable_metrics
         metrics = Metrics(self.status) if has_metrics else None
         self.hooks = SchedulerHooks(rank_reports, self.pool, self.waiting, self._steps(), metrics)
@@ -180,7 +180,7 @@ class Rank:
             if self.control is not None:
                 self.control.modes.leases.need(self.pool.placement.asked(self.dp_rank))
         own = Offer(self.member, self.fingerprint(), self.pool.offer(), descriptors)
-        for rank, offer in exchange(self.config.group, own, self.dp_size).items():
+        for rank, offer in exchange(self.config.engine, own, self.dp_size).items():
             theirs = offer.file_descriptors
             self.pool.connect(rank, offer.content, theirs[:num_pool])
             if self.cas is not None:

@@ -21,13 +21,13 @@ def controller_hooks(config: SidpConfig | None, num_ranks: int) -> list[Hook]:
     is_cpu = current_platform.device_name == SidpCpuPlatform.device_name
     if config is None:
         return [_event_loop(sleeping_loop)] if is_cpu else []
-    reports = ControllerReports(config.group)
+    reports = ControllerReports(config.engine)
     hooks = [Hook("multiprocessing.Process.start", reports.start, HookType.AROUND)]
     if config.sidp_colocate:
         launch = f"{_CONTROLLER}.launch_tensor_parallel_group"
         hooks.append(Hook(launch, colocation.launch_on_first_gpu, HookType.AROUND))
     if config.own_dispatch:
-        dispatch = DispatchLoop(config.group, num_ranks, is_job=not config.is_server)
+        dispatch = DispatchLoop(config.engine, num_ranks, is_job=not config.is_server)
         hooks.append(_event_loop(dispatch.event_loop))
     elif is_cpu:
         hooks.append(_event_loop(sleeping_loop))

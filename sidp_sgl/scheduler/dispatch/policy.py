@@ -114,7 +114,7 @@ class RankLoad:
 
 
 class Dispatcher:
-    """One group's. `assign` and `recalls` say what to do after whatever came in.
+    """One engine's. `assign` and `recalls` say what to do after whatever came in.
 
     `is_job`: the requests are one program's, which wants all of them soon; on a server nobody
     waits for long behind those who come later.

@@ -50,8 +50,8 @@ class Guard:
     been told and nothing of the engine is left. `is_draining`: whether ranks are meant to exit.
     """
 
-    def __init__(self, group: str, announce: Callable[[RankFailure], None]) -> None:
-        self.group = group
+    def __init__(self, engine: str, announce: Callable[[RankFailure], None]) -> None:
+        self.engine = engine
         self.failure: RankFailure | None = None
         self.is_closed = False
         self.is_ready = False
@@ -63,7 +63,7 @@ class Guard:
         self._pooled: set[Member] = set()
         self._processes: list[tuple[BaseProcess, psutil.Process]] = []
         self._waiting: set[asyncio.Task] = set()
-        self._lifeline = LifelineServer(group, self._on_message)
+        self._lifeline = LifelineServer(engine, self._on_message)
 
     def watch(self, process: BaseProcess, name: str) -> None:
         """`process` is a child of this process; when it ends, the engine has failed."""

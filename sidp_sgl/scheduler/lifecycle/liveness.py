@@ -88,13 +88,13 @@ def decode(line: bytes) -> Message | None:
 class LifelineServer:
     """The main process's end. `on_message` is called in the sender's own thread."""
 
-    def __init__(self, group: str, on_message: Callable[[Message], None]) -> None:
+    def __init__(self, engine: str, on_message: Callable[[Message], None]) -> None:
         self._on_message = on_message
         self._connections: list[socket.socket] = []
         self._readers: dict[int, threading.Thread] = {}  # by process id of the sender
         self._readers_lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(_address(group))
+        self._listener.bind(_address(engine))
         self._listener.listen(64)
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -169,10 +169,10 @@ class Lifeline:
     One per process: see `tie`.
     """
 
-    def __init__(self, group: str) -> None:
+    def __init__(self, engine: str) -> None:
         """Raises OSError where the main process is gone."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.connect(_address(group))
+        self._socket.connect(_address(engine))
         threading.Thread(target=self._end_with_main, daemon=True).start()
 
     def _end_with_main(self) -> None:
@@ -186,22 +186,22 @@ class Lifeline:
 
 
 @functools.cache
-def tie(group: str) -> Lifeline:
+def tie(engine: str) -> Lifeline:
     """This process's lifeline; ends the process where the main process has gone already."""
     try:
-        return Lifeline(group)
+        return Lifeline(engine)
     except OSError:
         os._exit(1)
 
 
-def give_up(group: str, member: Member | None, error: BaseException) -> None:
+def give_up(engine: str, member: Member | None, error: BaseException) -> None:
     """Tell the main process why, and end this process without a word more."""
-    end_with(group, Failed(member, one_line(error)))
+    end_with(engine, Failed(member, one_line(error)))
 
 
-def end_with(group: str, message: Message) -> NoReturn:
+def end_with(engine: str, message: Message) -> NoReturn:
     try:
-        tie(group).send(message)
+        tie(engine).send(message)
     finally:
         os._exit(1)
 
@@ -237,5 +237,5 @@ def describe_exit(exitcode: int) -> str:
         return f"was killed by signal {-exitcode}"
 
 
-def _address(group: str) -> str:
-    return f"\0sidp-{group}-main"
+def _address(engine: str) -> str:
+    return f"\0sidp-{engine}-main"

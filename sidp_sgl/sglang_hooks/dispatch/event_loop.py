@@ -24,7 +24,7 @@ _REMEMBERED = 10_000  # latest aborts; latest requests that went to ranks
 
 
 class DispatchLoop:
-    """In the DP controller process. `num_ranks`: of the group; `is_job` as for `Dispatcher`."""
+    """In the DP controller process. `num_ranks`: DP ranks; `is_job` as for `Dispatcher`."""
 
     def __init__(self, engine: str, num_ranks: int, is_job: bool) -> None:
         self.dispatcher = Dispatcher(num_ranks, is_job)

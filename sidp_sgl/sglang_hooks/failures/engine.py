@@ -54,7 +54,7 @@ def _launch(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     if _SERVER in sys.modules:
         required.apply([_SERVER_HOOK])
     is_command_line = arguments.is_command_line(server_args)
-    guard = Guard(config.group, _print_line if is_command_line else _log)
+    guard = Guard(config.engine, _print_line if is_command_line else _log)
     guards.add(guard)
     # cuda.tile would make a directory per process, which a process that is killed leaves.
     os.environ.setdefault("CUDA_TILE_TEMP_DIR", tempfile.gettempdir())
@@ -95,7 +95,7 @@ def _launch_ranks(original: Any, cls: type, server_args: Any, *args: Any, **kwar
     if guard is None:
         return original(cls, server_args, *args, **kwargs)
     signals.handle_sigquit(guard, server_args)
-    with spawning(guard.group):
+    with spawning(guard.engine):
         result, processes = original(cls, server_args, *args, **kwargs)
         for process in processes:
             guard.watch(process, "the DP controller")
@@ -107,7 +107,7 @@ def _launch_detokenizers(original: Any, cls: type, *args: Any, **kwargs: Any) ->
     guard = guards.of(kwargs.get("server_args", args[0] if args else None))
     if guard is None:
         return original(cls, *args, **kwargs)
-    with spawning(guard.group):
+    with spawning(guard.engine):
         processes, names = original(cls, *args, **kwargs)
         for process, name in zip(processes, names, strict=True):
             guard.watch(process, f"the {name}")

@@ -16,7 +16,7 @@ _ending: contextvars.ContextVar[Guard | None] = contextvars.ContextVar("ending",
 
 
 def add(guard: Guard) -> None:
-    _guards[guard.group] = guard
+    _guards[guard.engine] = guard
 
 
 def every() -> list[Guard]:
@@ -27,7 +27,7 @@ def every() -> list[Guard]:
 def of(owner: Any) -> Guard | None:
     """By ServerArgs, or by an engine or a tokenizer manager, which have them."""
     config = arguments.config_of(getattr(owner, "server_args", owner))
-    return None if config is None else _guards.get(config.group)
+    return None if config is None else _guards.get(config.engine)
 
 
 @contextmanager

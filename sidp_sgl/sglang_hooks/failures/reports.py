@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 class RankReports:
     """In a DP scheduler process."""
 
-    def __init__(self, group: str, member: Member) -> None:
-        self._group = group
+    def __init__(self, engine: str, member: Member) -> None:
+        self._engine = engine
         self._member = member
-        self._lifeline = tie(group)
+        self._lifeline = tie(engine)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -35,7 +35,7 @@ class RankReports:
         except Exception as error:
             if not isinstance(error, SidpError):
                 logger.exception("%s fails", self._member)
-            give_up(self._group, self._member, error)
+            give_up(self._engine, self._member, error)
 
     def pooled(self) -> None:
         """The rank has started, and its pool is active."""
@@ -45,8 +45,8 @@ class RankReports:
 class ControllerReports:
     """In the DP controller process, the parent of all ranks."""
 
-    def __init__(self, group: str) -> None:
-        self._lifeline = tie(group)
+    def __init__(self, engine: str) -> None:
+        self._lifeline = tie(engine)
 
     def start(self, original: Any, process: Any) -> None:
         """`Process.start`: a rank is watched from the moment it exists. SGLang keeps a list of the

@@ -22,12 +22,12 @@ def _make_addresses(original: Any, server_args: Any, *args: Any, **kwargs: Any) 
     port_args = original(server_args, *args, **kwargs)
     config = arguments.config_of(server_args)
     if config is not None:
-        port_args.instance_id = _snapshot_path(config.group)
+        port_args.instance_id = _snapshot_path(config.engine)
         for field, address in vars(port_args).items():
             if isinstance(address, str) and address.startswith("ipc://"):
                 path = Path(address.removeprefix("ipc://"))
                 path.unlink()  # an empty file that only reserves the name
-                setattr(port_args, field, f"ipc://@sidp-{config.group}-{path.name}")
+                setattr(port_args, field, f"ipc://@sidp-{config.engine}-{path.name}")
     return port_args
 
 

@@ -41,7 +41,7 @@ class Engine:
 
     def start(self, name: str) -> BaseProcess:
         process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
-        with spawning(self.guard.group):
+        with spawning(self.guard.engine):
             process.start()
         self.guard.watch(process, name)
         return process
@@ -49,7 +49,7 @@ class Engine:
     def report(self, *messages: str) -> None:
         """From another process, as a rank would; each over a lifeline of its own."""
         script = REPORT.format(", ".join(messages))
-        subprocess.run([sys.executable, "-c", script, self.guard.group], check=True)
+        subprocess.run([sys.executable, "-c", script, self.guard.engine], check=True)
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_processes_know_their_engine_and_nobody_else_does(engine: Engine) -> Non
     assert ENGINE not in os.environ
     for process in engine.processes:
         child = psutil.Process(process.pid)
-        wait_until(lambda child=child: child.environ().get(ENGINE) == engine.guard.group)
+        wait_until(lambda child=child: child.environ().get(ENGINE) == engine.guard.engine)
 
 
 def test_what_the_processes_have_started_ends_too(engine: Engine) -> None:

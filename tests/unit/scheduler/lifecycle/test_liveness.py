@@ -50,22 +50,22 @@ time.sleep(60)
 
 
 @pytest.fixture
-def group() -> str:
+def engine() -> str:
     return uuid.uuid4().hex
 
 
 @pytest.fixture
-def received(group: str) -> Iterator[tuple[LifelineServer, list[Message]]]:
+def received(engine: str) -> Iterator[tuple[LifelineServer, list[Message]]]:
     messages: list[Message] = []
-    server = LifelineServer(group, messages.append)
+    server = LifelineServer(engine, messages.append)
     yield server, messages
     server.close()
 
 
-def python(code: str, group: str) -> subprocess.Popen:
+def python(code: str, engine: str) -> subprocess.Popen:
     """Started, and past its first line of output."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, group],
+        [sys.executable, "-c", code, engine],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -109,22 +109,22 @@ def test_malformed_lines_are_dropped(line: bytes) -> None:
 
 
 def test_everything_a_process_said_before_it_was_killed_arrives(
-    group: str, received: tuple[LifelineServer, list[Message]]
+    engine: str, received: tuple[LifelineServer, list[Message]]
 ) -> None:
     server, messages = received
     sends = "for rank in range(100): lifeline.send(Pooled(Member(rank)))\nos.kill(os.getpid(), 9)"
-    process = python(PROCESS.format(sends), group)
+    process = python(PROCESS.format(sends), engine)
     process.wait(10)
     server.wait_for_last_message(process.pid, 10.0)
     assert messages == [Pooled(Member(rank)) for rank in range(100)]
 
 
 def test_giving_up_is_quiet_and_names_the_reason(
-    group: str, received: tuple[LifelineServer, list[Message]]
+    engine: str, received: tuple[LifelineServer, list[Message]]
 ) -> None:
     _, messages = received
     process = python(
-        PROCESS.format("give_up(sys.argv[1], Member(1), SidpError('no\\nFFN'))"), group
+        PROCESS.format("give_up(sys.argv[1], Member(1), SidpError('no\\nFFN'))"), engine
     )
     output, _ = process.communicate(timeout=10)
     assert (process.returncode, output) == (1, "")
@@ -132,32 +132,32 @@ def test_giving_up_is_quiet_and_names_the_reason(
     assert messages == [Failed(Member(1), "no FFN")]
 
 
-def test_processes_end_when_the_main_process_closes(group: str) -> None:
-    server = LifelineServer(group, print)
-    processes = [python(PROCESS.format(""), group) for _ in range(2)]
+def test_processes_end_when_the_main_process_closes(engine: str) -> None:
+    server = LifelineServer(engine, print)
+    processes = [python(PROCESS.format(""), engine) for _ in range(2)]
     assert all(process.poll() is None for process in processes)
     server.close()
     assert [process.wait(5) for process in processes] == [1, 1]
 
 
-def test_processes_end_when_the_main_process_is_killed(group: str) -> None:
-    main = python(MAIN, group)
-    process = python(PROCESS.format(""), group)
+def test_processes_end_when_the_main_process_is_killed(engine: str) -> None:
+    main = python(MAIN, engine)
+    process = python(PROCESS.format(""), engine)
     main.kill()
     assert process.wait(5) == 1
     main.wait()
 
 
-def test_without_a_main_process_there_is_no_lifeline(group: str) -> None:
+def test_without_a_main_process_there_is_no_lifeline(engine: str) -> None:
     with pytest.raises(OSError):
-        Lifeline(group)
+        Lifeline(engine)
 
 
-def test_a_closed_server_ends_its_threads_and_frees_its_address(group: str) -> None:
+def test_a_closed_server_ends_its_threads_and_frees_its_address(engine: str) -> None:
     before = threading.active_count()
     for _ in range(3):
-        server = LifelineServer(group, print)
-        process = python(PROCESS.format(""), group)
+        server = LifelineServer(engine, print)
+        process = python(PROCESS.format(""), engine)
         server.close()
         process.wait(5)
     wait_until(lambda: threading.active_count() == before)

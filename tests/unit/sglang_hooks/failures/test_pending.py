@@ -47,7 +47,7 @@ def manager(guard: FakeGuard | None, is_server: bool = False) -> SimpleNamespace
     server_args = SimpleNamespace()
     if guard is not None:
         arguments.attach(
-            server_args, SidpConfig(sidp=True).of_engine(guard.group, "auto", is_server=False)
+            server_args, SidpConfig(sidp=True).of_engine(guard.engine, "auto", is_server=False)
         )
         guards.add(guard)  # type: ignore[arg-type]
     return SimpleNamespace(server_args=server_args, _server_stop_hook=print if is_server else None)

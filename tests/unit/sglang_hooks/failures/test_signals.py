@@ -15,7 +15,7 @@ from sidp_sgl.sglang_hooks.failures import guards, signals
 @pytest.fixture
 def manager(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Of a script's engine, after SGLang's way: it keeps the first loop."""
-    monkeypatch.setattr(guards, "_guards", {"fake": SimpleNamespace(group="fake")})
+    monkeypatch.setattr(guards, "_guards", {"fake": SimpleNamespace(engine="fake")})
     monkeypatch.setattr(signals, "_in_main_thread", lambda: False)
     server_args = SimpleNamespace()
     arguments.attach(server_args, SidpConfig(sidp=True).of_engine("fake", "auto", is_server=False))
