@@ -20,7 +20,7 @@ class FailedGuard:
     """Of an engine that has failed while it started."""
 
     def __init__(self, failure: RankFailure, announce: Any) -> None:
-        self.group = "fake"
+        self.engine = "fake"
         self._failure = failure
         announce(failure)
 

@@ -19,7 +19,7 @@ class FakeGuard:
     """Fails when it is asked for the `fails_at`-th time."""
 
     def __init__(self, fails_at: int) -> None:
-        self.group = "fake"
+        self.engine = "fake"
         self.is_closed = False
         self.failures: list[str] = []
         self._left = fails_at
