@@ -32,7 +32,7 @@ def test_defaults() -> None:
         "sidp_link_gbps": None,
         "sidp_colocate": False,
         "sidp_sampling": None,
-        "group": "",
+        "engine": "",
         "own_dispatch": True,
         "is_server": False,
     }
@@ -42,7 +42,7 @@ def test_defaults() -> None:
 def test_every_field_but_the_engine_s_own_is_a_flag_with_help() -> None:
     flags = SidpConfig.flags()
     assert set(flags) == {f.name for f in dataclasses.fields(SidpConfig)} - {
-        "group",
+        "engine",
         "own_dispatch",
         "is_server",
     }
