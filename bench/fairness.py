@@ -161,6 +161,10 @@ def percentiles(answered: list[Answered], after: float) -> dict[str, dict[str, A
     for each in answered:
         if each.sent >= after:
             waits[each.kind].append(each.first_token)
+    if missing := [kind for kind, values in waits.items() if not values]:
+        raise SystemExit(
+            f"error: no {' and no '.join(missing)} request was answered in time: use more --seconds"
+        )
     return {
         kind: {
             "requests": len(values),

@@ -18,7 +18,7 @@ _QUEUE = 1000  # messages that may wait for a receiver that is stopped
 
 
 def requests_address(engine: str, rank: int) -> str:
-    """Where a rank hears requests for leases, and their releases."""
+    """Where a rank hears requests for leases."""
     return f"ipc://@sidp-{engine}-requests-{rank}"
 
 

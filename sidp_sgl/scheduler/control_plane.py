@@ -11,7 +11,6 @@ from sidp_sgl.scheduler.dispatch.link import ControllerLink
 from sidp_sgl.scheduler.messages import RankState
 from sidp_sgl.scheduler.modes.lease_client import LeaseClient
 from sidp_sgl.scheduler.modes.lease_server import LeaseServer
-from sidp_sgl.scheduler.modes.leases import LeaseLedger
 from sidp_sgl.scheduler.modes.policy import ModePolicy
 from sidp_sgl.scheduler.modes.service_share import ServiceShare, decline_reason
 from sidp_sgl.scheduler.modes.step_modes import StepModes
@@ -32,9 +31,7 @@ class ControlPlane:
         self.rank = rank
         self.own_batch_size = 0  # kept up to date by the scheduler
         self.share = share
-        self.lease_server = LeaseServer(
-            rank, num_ranks, engine, LeaseLedger(max_rows), self._refusal
-        )
+        self.lease_server = LeaseServer(rank, num_ranks, engine, max_rows, self._refusal)
         self.controller = ControllerLink(rank, engine)
         threshold = config.sidp_batch_threshold
         self.modes = StepModes(

@@ -38,7 +38,7 @@ class DispatchUpdate(_Message, frozen=True):
 
 
 class LeaseRequest(_Message, frozen=True):
-    """To an owner: lease me staging rows for my step."""
+    """To an owner: lease me staging rows for my step; the one before is over."""
 
     rank: Count
     step: Count  # number of the rank's negotiation; increases
@@ -46,7 +46,7 @@ class LeaseRequest(_Message, frozen=True):
 
 
 class LeaseGrant(_Message, frozen=True):
-    """To a requester: the rows are leased until the step is released or superseded."""
+    """To a requester: the owner serves this step, in these rows."""
 
     owner: Count
     rank: Count
@@ -64,16 +64,7 @@ class LeaseDecline(_Message, frozen=True):
     reason: str  # a few words
 
 
-class LeaseRelease(_Message, frozen=True):
-    """To an owner: the rank uses no lease of this step, or of an older one, any more."""
-
-    rank: Count
-    step: Count
-
-
-Message = (
-    RankState | Recall | DispatchUpdate | LeaseRequest | LeaseGrant | LeaseDecline | LeaseRelease
-)
+Message = RankState | Recall | DispatchUpdate | LeaseRequest | LeaseGrant | LeaseDecline
 _decoder = msgpack.Decoder(Message)
 encode = msgpack.encode
 

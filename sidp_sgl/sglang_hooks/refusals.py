@@ -34,17 +34,17 @@ class Rule(NamedTuple):
     reason: str
 
 
-def _more_than_one(value: Any) -> bool:
+def more_than_one(value: Any) -> bool:
     return value is not None and int(value) > 1
 
 
 RULES = [
-    Rule("pp_size", _more_than_one, "--pp-size", "pipeline parallelism is not supported yet"),
-    Rule("ep_size", _more_than_one, "--ep-size", "expert parallelism is not supported yet"),
-    Rule("attn_dp_size", _more_than_one, "--attn-dp-size", "DP attention shards the FFN itself"),
+    Rule("pp_size", more_than_one, "--pp-size", "pipeline parallelism is not supported yet"),
+    Rule("ep_size", more_than_one, "--ep-size", "expert parallelism is not supported yet"),
+    Rule("attn_dp_size", more_than_one, "--attn-dp-size", "DP attention shards the FFN itself"),
     Rule("enable_dp_attention", bool, "--enable-dp-attention", "it shards the FFN itself"),
-    Rule("attn_cp_size", _more_than_one, "--attn-cp-size", "context parallelism is not supported"),
-    Rule("nnodes", _more_than_one, "--nnodes", "the ranks of a group must share one node"),
+    Rule("attn_cp_size", more_than_one, "--attn-cp-size", "context parallelism is not supported"),
+    Rule("nnodes", more_than_one, "--nnodes", "the ranks of a group must share one node"),
     Rule("speculative_algorithm", bool, "--speculative-algorithm", "drafts are not supported yet"),
     Rule("enable_lora", bool, "--enable-lora", "adapters on pooled layers are not supported yet"),
     Rule("lora_paths", bool, "--lora-paths", "adapters on pooled layers are not supported yet"),
@@ -59,7 +59,7 @@ RULES = [
          "two batches would share one slot"),
     Rule("enable_pdmux", bool, "--enable-pdmux", "two streams would share one slot"),
     Rule("enable_nvidia_megakernel", bool, "--enable-nvidia-megakernel", "it skips the units"),
-    Rule("dwdp_size", _more_than_one, "--dwdp-size", "both distribute weights"),
+    Rule("dwdp_size", more_than_one, "--dwdp-size", "both distribute weights"),
     Rule("elastic_ep_backend", bool, "--elastic-ep-backend", "the group has a fixed size"),
     Rule("disaggregation_mode", lambda v: v not in (None, "null"), "--disaggregation-mode",
          "disaggregation is not supported yet"),
@@ -67,7 +67,7 @@ RULES = [
     Rule("use_ray", bool, "--use-ray", "ranks must be processes of one launcher"),
     Rule("grpc_mode", bool, "--grpc-mode", "a lost rank could not be reported"),
     Rule("smg_grpc_mode", bool, "--smg-grpc-mode", "a lost rank could not be reported"),
-    Rule("tokenizer_worker_num", _more_than_one, "--tokenizer-worker-num",
+    Rule("tokenizer_worker_num", more_than_one, "--tokenizer-worker-num",
          "a lost rank could not be reported to every worker"),
     Rule("quantization", bool, "--quantization", "quantised blocks are not supported yet"),
     Rule("load_format", lambda v: v not in (None, "auto", "safetensors"), "--load-format",

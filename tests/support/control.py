@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sidp_sgl.scheduler.messages import LeaseRelease, LeaseRequest, Message
+from sidp_sgl.scheduler.messages import LeaseRequest, Message
 from sidp_sgl.scheduler.modes.lease_client import LeaseClient
 from sidp_sgl.scheduler.modes.lease_server import LeaseServer
-from sidp_sgl.scheduler.modes.leases import LeaseLedger
 
 AMPLE_SECONDS = 10.0  # for answers that do come
 
@@ -19,19 +18,16 @@ class Rank:
         self, rank: int, num_ranks: int, engine: str, owners: list[int], rows_per_rank: int
     ) -> None:
         self.refusal: str | None = None
-        self.ledger = LeaseLedger(rows_per_rank)
         self.server = LeaseServer(
-            rank, num_ranks, engine, self.ledger, refusal=lambda: self.refusal
+            rank, num_ranks, engine, rows_per_rank, refusal=lambda: self.refusal
         )
         self.client = LeaseClient(rank, engine, owners)
         self.sent: list[tuple[int, Message]] = []  # by the client
-        self.loses_releases = False
         self._send, self.client.outbox.send = self.client.outbox.send, self._record  # type: ignore[method-assign]
 
     def _record(self, to: int, message: Message) -> None:
         self.sent.append((to, message))
-        if not (self.loses_releases and isinstance(message, LeaseRelease)):
-            self._send(to, message)
+        self._send(to, message)
 
     @property
     def requests(self) -> list[tuple[int, LeaseRequest]]:

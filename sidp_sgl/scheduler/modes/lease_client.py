@@ -49,9 +49,8 @@ class LeaseClient:
         return None
 
     def release(self) -> None:
-        """Give back what is leased or asked for."""
-        for owner, release in self.negotiation.abandon():
-            self.outbox.send(owner, release)
+        """Forget what is leased or asked for."""
+        self.negotiation.abandon()
 
     def _receive(self) -> None:
         for message in self.inbox.drain():
@@ -59,8 +58,7 @@ class LeaseClient:
 
     def _take(self, message: object) -> None:
         if isinstance(message, LeaseGrant | LeaseDecline):
-            for owner, release in self.negotiation.on_message(message):
-                self.outbox.send(owner, release)
+            self.negotiation.on_message(message)
 
     def close(self) -> None:
         self.inbox.close()

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from sidp_sgl.scheduler import bus
-from sidp_sgl.scheduler.messages import LeaseDecline, LeaseRelease, LeaseRequest
-from sidp_sgl.scheduler.modes.leases import LeaseLedger
+from sidp_sgl.scheduler.messages import LeaseDecline, LeaseRequest
+from sidp_sgl.scheduler.modes.leases import answer
 
 _POLL_SECONDS = 1.0
 
@@ -19,13 +19,13 @@ class LeaseServer:
         rank: int,
         num_ranks: int,
         engine: str,
-        ledger: LeaseLedger,
+        rows_per_rank: int,
         refusal: Callable[[], str | None],
     ) -> None:
         self.refusal = refusal
         self.declines: Counter[str] = Counter()  # given, by reason
         self._rank = rank
-        self._ledger = ledger
+        self._rows_per_rank = rows_per_rank
         self._peers = [peer for peer in range(num_ranks) if peer != rank]
         self.inbox = bus.Inbox(bus.requests_address(engine, rank))
         self.outbox = bus.Outbox({n: bus.answers_address(engine, n) for n in self._peers})
@@ -37,14 +37,12 @@ class LeaseServer:
 
     def _run(self) -> None:
         while not self._stopped:
-            match message := self.inbox.receive(_POLL_SECONDS):
-                case LeaseRequest() if message.rank in self._peers:
-                    answer = self._ledger.request(self._rank, message, self.refusal())
-                    if isinstance(answer, LeaseDecline):
-                        self.declines[answer.reason] += 1
-                    self.outbox.send(message.rank, answer)
-                case LeaseRelease():
-                    self._ledger.release(message)
+            message = self.inbox.receive(_POLL_SECONDS)
+            if isinstance(message, LeaseRequest) and message.rank in self._peers:
+                said = answer(self._rank, message, self._rows_per_rank, self.refusal())
+                if isinstance(said, LeaseDecline):
+                    self.declines[said.reason] += 1
+                self.outbox.send(message.rank, said)
         self.inbox.close()
         self.outbox.close()
 

@@ -12,18 +12,14 @@ from sidp_sgl.config import SEQUENCE_PARALLEL
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.cuda.refusals import UNVERIFIED
-from sidp_sgl.sglang_hooks.refusals import Rule
+from sidp_sgl.sglang_hooks.refusals import Rule, more_than_one
 
 logger = logging.getLogger(__name__)
 
 
-def _more_than_one(value: Any) -> bool:
-    return value is not None and int(value) > 1
-
-
 RULES = [
-    Rule("pp_size", _more_than_one, "--pp-size", "pipeline parallelism is not supported yet"),
-    Rule("attn_cp_size", _more_than_one, "--attn-cp-size", "context parallelism is not supported"),
+    Rule("pp_size", more_than_one, "--pp-size", "pipeline parallelism is not supported yet"),
+    Rule("attn_cp_size", more_than_one, "--attn-cp-size", "context parallelism is not supported"),
     Rule("enable_dp_attention", bool, "--enable-dp-attention", "its ranks have other rows"),
     Rule("speculative_algorithm", bool, "--speculative-algorithm", "drafts are verified whole"),
     Rule("dllm_algorithm", bool, "--dllm-algorithm", "it samples blocks"),

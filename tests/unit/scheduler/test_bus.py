@@ -8,7 +8,7 @@ import pytest
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.bus import Inbox, Outbox
-from sidp_sgl.scheduler.messages import LeaseRelease, LeaseRequest, Message, encode
+from sidp_sgl.scheduler.messages import LeaseDecline, LeaseRequest, Message, encode
 
 AMPLE_SECONDS = 10.0
 MANY = 20_000  # more than all queues and buffers on the way take
@@ -35,8 +35,8 @@ def outbox(engine_name: str) -> Iterator[Outbox]:
     result.close()
 
 
-def release(step: int) -> LeaseRelease:
-    return LeaseRelease(3, step)
+def decline(step: int) -> LeaseDecline:
+    return LeaseDecline(3, 0, step, "busy")
 
 
 def receive_all(inbox: Inbox, count: int) -> list[Message]:
@@ -50,7 +50,7 @@ def receive_all(inbox: Inbox, count: int) -> list[Message]:
 
 def send_many(outbox: Outbox, rank: int) -> float:
     """The longest time that one of MANY messages took to be sent, in seconds."""
-    longest, data = 0.0, encode(release(0))
+    longest, data = 0.0, encode(decline(0))
     for _ in range(MANY):
         started = time.monotonic()
         outbox.send_bytes(rank, data)
@@ -62,7 +62,7 @@ def test_messages_come_in_the_order_in_which_they_were_sent(
     open_inbox: Callable[[int], Inbox], outbox: Outbox
 ) -> None:
     inbox = open_inbox(0)
-    sent: list[Message] = [release(step) for step in range(300)]
+    sent: list[Message] = [decline(step) for step in range(300)]
     sent[100] = LeaseRequest(3, 100, 8)
     for message in sent:
         outbox.send(0, message)
@@ -74,10 +74,10 @@ def test_all_receivers_get_what_is_sent_to_all(
     open_inbox: Callable[[int], Inbox], outbox: Outbox
 ) -> None:
     inboxes = [open_inbox(0), open_inbox(1)]
-    outbox.send_to_all(release(1))
-    outbox.send(1, release(2))
-    assert receive_all(inboxes[0], 1) == [release(1)]
-    assert receive_all(inboxes[1], 2) == [release(1), release(2)]
+    outbox.send_to_all(decline(1))
+    outbox.send(1, decline(2))
+    assert receive_all(inboxes[0], 1) == [decline(1)]
+    assert receive_all(inboxes[1], 2) == [decline(1), decline(2)]
     assert inboxes[0].receive(0.0) is None
 
 
@@ -93,8 +93,8 @@ def test_nothing_comes_within_the_time_given(open_inbox: Callable[[int], Inbox])
 def test_a_receiver_that_comes_later_gets_what_waits_for_it(
     open_inbox: Callable[[int], Inbox], outbox: Outbox
 ) -> None:
-    outbox.send(0, release(1))
-    assert receive_all(open_inbox(0), 1) == [release(1)]
+    outbox.send(0, decline(1))
+    assert receive_all(open_inbox(0), 1) == [decline(1)]
 
 
 def test_a_receiver_that_does_not_exist_blocks_nobody(outbox: Outbox) -> None:
@@ -107,15 +107,15 @@ def test_a_receiver_that_is_stopped_blocks_nobody_and_finds_the_oldest_messages(
 ) -> None:
     stopped, other = open_inbox(0), open_inbox(1)
     for step in range(5):
-        outbox.send(0, release(step))
+        outbox.send(0, decline(step))
     assert send_many(outbox, 0) < AMPLE_SECONDS
     assert (dropped := outbox.dropped) > 0
-    outbox.send(1, release(7))
-    assert receive_all(other, 1) == [release(7)], "it holds up its own messages only"
-    assert receive_all(stopped, 5) == [release(step) for step in range(5)]
+    outbox.send(1, decline(7))
+    assert receive_all(other, 1) == [decline(7)], "it holds up its own messages only"
+    assert receive_all(stopped, 5) == [decline(step) for step in range(5)]
     assert len(receive_all(stopped, MANY - dropped)) == MANY - dropped
-    outbox.send(0, release(8))
-    assert receive_all(stopped, 1) == [release(8)], "it goes on where there is room again"
+    outbox.send(0, decline(8))
+    assert receive_all(stopped, 1) == [decline(8)], "it goes on where there is room again"
     assert outbox.dropped == dropped
 
 
@@ -123,7 +123,7 @@ def test_malformed_bytes_are_counted_and_passed_over(
     open_inbox: Callable[[int], Inbox], outbox: Outbox
 ) -> None:
     inbox = open_inbox(0)
-    good = encode(release(1))
+    good = encode(decline(1))
     bad = [b"", b"\x00\xff", b"{}", good[:-1], good.replace(b"step", b"stop"), b"\x91" * 10_000]
     for data in [*bad, good, bad[0], good]:
         outbox.send_bytes(0, data)
@@ -131,7 +131,7 @@ def test_malformed_bytes_are_counted_and_passed_over(
     deadline = time.monotonic() + AMPLE_SECONDS
     while len(received) < 2 and time.monotonic() < deadline:
         received += inbox.drain()
-    assert received == [release(1), release(1)]
+    assert received == [decline(1), decline(1)]
     assert inbox.malformed == len(bad) + 1
 
 
@@ -161,6 +161,6 @@ def test_messages_of_other_users_do_not_arrive(
     user = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
     theirs = open_inbox(1)
-    outbox.send_to_all(release(7))
-    assert ours.receive(AMPLE_SECONDS) == release(7)
+    outbox.send_to_all(decline(7))
+    assert ours.receive(AMPLE_SECONDS) == decline(7)
     assert theirs.receive(0.5) is None

@@ -11,7 +11,6 @@ from sidp_sgl.scheduler.messages import (
     DispatchUpdate,
     LeaseDecline,
     LeaseGrant,
-    LeaseRelease,
     LeaseRequest,
     Message,
     RankState,
@@ -26,7 +25,6 @@ messages = st.one_of(
     st.builds(LeaseRequest, counts, counts, counts),
     st.builds(LeaseGrant, counts, counts, counts, counts, counts),
     st.builds(LeaseDecline, counts, counts, counts, st.text(max_size=20)),
-    st.builds(LeaseRelease, counts, counts),
     st.builds(Recall, counts),
     st.builds(DispatchUpdate, counts, counts, counts),
 )
@@ -40,7 +38,6 @@ EXAMPLES: list[Message] = [
     LeaseRequest(rank=1, step=2, rows=3),
     LeaseGrant(owner=0, rank=1, step=2, offset=4, rows=3),
     LeaseDecline(owner=0, rank=1, step=2, reason="busy"),
-    LeaseRelease(rank=1, step=2),
     Recall(3),
     DispatchUpdate(queued=1, sent=2, moved=3),
 ]

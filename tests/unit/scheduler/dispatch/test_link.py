@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.dispatch.link import ControllerLink, is_worth_publishing
-from sidp_sgl.scheduler.messages import DispatchUpdate, LeaseRelease, RankState, Recall
+from sidp_sgl.scheduler.messages import DispatchUpdate, LeaseRequest, RankState, Recall
 from tests.support.control import wait_until
 
 STATE = RankState(
@@ -88,7 +88,7 @@ def test_the_controller_hears_what_is_news(link: ControllerLink, engine_name: st
 def test_recalls_are_heard_once(link: ControllerLink, engine_name: str) -> None:
     controller = bus.Outbox({1: bus.dispatch_address(engine_name, 1)})
     assert link.recalled() == 0
-    for message in (Recall(4), LeaseRelease(2, 1), Recall(3), DispatchUpdate(5, 6, 7)):
+    for message in (Recall(4), LeaseRequest(2, 1, 4), Recall(3), DispatchUpdate(5, 6, 7)):
         controller.send(1, message)
     controller.send_bytes(1, b"?")
     recalled: list[int] = []
