@@ -20,14 +20,14 @@ import orjson
 
 from bench.record import record
 from bench.tables import Table, plain
-from sidp_sgl.batch.input import InputFile
+from sidp_sgl.batch.files.input import InputFile
+from sidp_sgl.batch.files.output import OutputFile
+from sidp_sgl.batch.files.records import Answer
+from sidp_sgl.batch.files.request import COMPLETIONS, Request
+from sidp_sgl.batch.files.resume import Done
+from sidp_sgl.batch.files.streams import NoJournal
 from sidp_sgl.batch.job import Job
-from sidp_sgl.batch.output import OutputFile
 from sidp_sgl.batch.progress import NO_STATUS, Progress, Tally
-from sidp_sgl.batch.records import Answer
-from sidp_sgl.batch.request import COMPLETIONS, Request
-from sidp_sgl.batch.resume import Done
-from sidp_sgl.batch.streams import NoJournal
 from sidp_sgl.batch.suspects import Suspects
 from sidp_sgl.batch.window import Bounds, Window
 

@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sidp_sgl.batch.state import SUFFIX
-from sidp_sgl.batch.streams import STANDARD
+from sidp_sgl.batch.files.state import SUFFIX
+from sidp_sgl.batch.files.streams import STANDARD
 from sidp_sgl.errors import SidpUsageError
 
 _EPILOG = """All other flags are those of `python -m sglang.launch_server`, SiDP's among them, for

@@ -13,15 +13,15 @@ from typing import NamedTuple
 from sidp_sgl.batch import arguments
 from sidp_sgl.batch.engine_process import EngineProcess
 from sidp_sgl.batch.errors import EngineEnded, Interrupted, JobError
-from sidp_sgl.batch.input import Contents, InputFile
+from sidp_sgl.batch.files.input import Contents, InputFile
+from sidp_sgl.batch.files.output import OutputFile
+from sidp_sgl.batch.files.resume import Done
+from sidp_sgl.batch.files.settings import DETERMINISTIC
+from sidp_sgl.batch.files.state import StateFile
+from sidp_sgl.batch.files.streams import STANDARD, NoJournal, StandardOutput, spool_standard_input
 from sidp_sgl.batch.job import Job, Journal, Output
-from sidp_sgl.batch.output import OutputFile
 from sidp_sgl.batch.progress import Progress, Tally
-from sidp_sgl.batch.resume import Done
-from sidp_sgl.batch.settings import DETERMINISTIC
-from sidp_sgl.batch.state import StateFile
 from sidp_sgl.batch.stop_signals import StopSignals
-from sidp_sgl.batch.streams import STANDARD, NoJournal, StandardOutput, spool_standard_input
 from sidp_sgl.batch.suspects import Suspects
 from sidp_sgl.batch.window import Bounds, Window
 from sidp_sgl.errors import SidpUsageError

@@ -20,9 +20,9 @@ import orjson
 import zmq
 
 from sidp_sgl.batch.errors import EngineEnded
+from sidp_sgl.batch.files.records import Answer
+from sidp_sgl.batch.files.request import Request
 from sidp_sgl.batch.progress import NO_STATUS, EngineStatus
-from sidp_sgl.batch.records import Answer
-from sidp_sgl.batch.request import Request
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.scheduler.lifecycle.liveness import describe_exit
 

@@ -8,10 +8,10 @@ from contextlib import suppress
 from typing import Protocol
 
 from sidp_sgl.batch.errors import EngineEnded, JobError
+from sidp_sgl.batch.files.records import Answer, Record, error_body, write_record
+from sidp_sgl.batch.files.request import COMPLETIONS, Request
+from sidp_sgl.batch.files.resume import Done
 from sidp_sgl.batch.progress import EngineStatus, Progress
-from sidp_sgl.batch.records import Answer, Record, error_body, write_record
-from sidp_sgl.batch.request import COMPLETIONS, Request
-from sidp_sgl.batch.resume import Done
 from sidp_sgl.batch.suspects import Suspects
 from sidp_sgl.batch.window import Window
 

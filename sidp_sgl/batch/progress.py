@@ -11,7 +11,7 @@ from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from sidp_sgl.batch.records import Answer
+from sidp_sgl.batch.files.records import Answer
 
 _LINE_SECONDS = 30.0
 _BAR_SECONDS = 0.5

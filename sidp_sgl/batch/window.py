@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sidp_sgl.batch.request import Request
+from sidp_sgl.batch.files.request import Request
 from sidp_sgl.batch.suspects import Suspects
 
 

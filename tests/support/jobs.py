@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 
 from sidp_sgl.batch.errors import EngineEnded
+from sidp_sgl.batch.files.records import Answer, error_body
+from sidp_sgl.batch.files.request import COMPLETIONS, Request
 from sidp_sgl.batch.progress import NO_STATUS
-from sidp_sgl.batch.records import Answer, error_body
-from sidp_sgl.batch.request import COMPLETIONS, Request
 
 
 def line(custom_id: str, prompt: str = "1+1=", **body: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import psutil
 from bench.demo_job import CHECKPOINT
 from examples.demo_model.arithmetic import few_shot_header, held_out_problems
 from sidp_sgl.batch.engine_process import PROGRAM
-from sidp_sgl.batch.request import CHAT, COMPLETIONS
+from sidp_sgl.batch.files.request import CHAT, COMPLETIONS
 from tests.support.traces import ranks
 
 MAX_TOKENS = 96

@@ -19,7 +19,7 @@ import zmq
 
 from sidp_sgl.batch.engine import model_path
 from sidp_sgl.batch.engine_process import FAILED, PARSED, START
-from sidp_sgl.batch.settings import settings_of
+from sidp_sgl.batch.files.settings import settings_of
 from sidp_sgl.errors import SidpError, SidpUsageError
 from sidp_sgl.scheduler.lifecycle.liveness import one_line
 

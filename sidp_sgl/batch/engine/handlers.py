@@ -17,8 +17,8 @@ from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompl
 from sglang.srt.utils.json_response import model_json_response
 
 from sidp_sgl.batch.engine.bounds import out_of_bounds
-from sidp_sgl.batch.records import error_body
-from sidp_sgl.batch.request import CHAT, COMPLETIONS
+from sidp_sgl.batch.files.records import error_body
+from sidp_sgl.batch.files.request import CHAT, COMPLETIONS
 
 BAD_REQUEST, SERVER_ERROR = 400, 500
 _ERROR_TYPES = {BAD_REQUEST: "invalid_request_error"}

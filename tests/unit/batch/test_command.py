@@ -15,9 +15,9 @@ import pytest
 from sidp_sgl import cli
 from sidp_sgl.batch import command
 from sidp_sgl.batch.errors import EngineEnded
-from sidp_sgl.batch.records import Answer
-from sidp_sgl.batch.settings import DETERMINISTIC
-from sidp_sgl.batch.state import StateFile
+from sidp_sgl.batch.files.records import Answer
+from sidp_sgl.batch.files.settings import DETERMINISTIC
+from sidp_sgl.batch.files.state import StateFile
 from sidp_sgl.batch.suspects import Suspects
 from sidp_sgl.errors import SidpUsageError
 from tests.support.jobs import FakeEngine, line, records, write_lines

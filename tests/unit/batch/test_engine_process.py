@@ -9,9 +9,9 @@ import pytest
 from sidp_sgl.batch import engine_process
 from sidp_sgl.batch.engine_process import EngineProcess
 from sidp_sgl.batch.errors import EngineEnded, Interrupted
+from sidp_sgl.batch.files.records import Answer
+from sidp_sgl.batch.files.request import COMPLETIONS, Request
 from sidp_sgl.batch.progress import EngineStatus
-from sidp_sgl.batch.records import Answer
-from sidp_sgl.batch.request import COMPLETIONS, Request
 from sidp_sgl.errors import SidpUsageError
 
 Start = Callable[[str], EngineProcess]

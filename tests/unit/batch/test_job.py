@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidp_sgl.batch import duplicates
 from sidp_sgl.batch.errors import Interrupted, JobError
-from sidp_sgl.batch.input import InputFile
+from sidp_sgl.batch.files import duplicates
+from sidp_sgl.batch.files.input import InputFile
+from sidp_sgl.batch.files.output import OutputFile
+from sidp_sgl.batch.files.request import Request
+from sidp_sgl.batch.files.resume import Done
+from sidp_sgl.batch.files.streams import NoJournal
 from sidp_sgl.batch.job import Job
-from sidp_sgl.batch.output import OutputFile
 from sidp_sgl.batch.progress import Progress, Tally
-from sidp_sgl.batch.request import Request
-from sidp_sgl.batch.resume import Done
-from sidp_sgl.batch.streams import NoJournal
 from sidp_sgl.batch.suspects import Suspects
 from sidp_sgl.batch.window import Bounds, Window
 from tests.support.jobs import FakeEngine, line, records, write_lines

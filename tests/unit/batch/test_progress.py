@@ -2,8 +2,8 @@
 
 import io
 
+from sidp_sgl.batch.files.records import Answer
 from sidp_sgl.batch.progress import EngineStatus, Progress, Tally
-from sidp_sgl.batch.records import Answer
 
 
 class Terminal(io.StringIO):

@@ -20,13 +20,13 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, Comple
 from sidp_sgl.batch import engine_process
 from sidp_sgl.batch.engine import serving
 from sidp_sgl.batch.errors import EngineEnded
-from sidp_sgl.batch.input import InputFile
+from sidp_sgl.batch.files.input import InputFile
+from sidp_sgl.batch.files.output import OutputFile
+from sidp_sgl.batch.files.request import CHAT, COMPLETIONS, LineError, parse
+from sidp_sgl.batch.files.resume import Done
+from sidp_sgl.batch.files.streams import NoJournal
 from sidp_sgl.batch.job import Job
-from sidp_sgl.batch.output import OutputFile
 from sidp_sgl.batch.progress import Progress, Tally
-from sidp_sgl.batch.request import CHAT, COMPLETIONS, LineError, parse
-from sidp_sgl.batch.resume import Done
-from sidp_sgl.batch.streams import NoJournal
 from sidp_sgl.batch.suspects import Suspects
 from sidp_sgl.batch.window import Bounds, Window
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.batch import encoding
-from tests.unit.batch.test_input import good
+from sidp_sgl.batch.files import encoding
+from tests.unit.batch.files.test_input import good
 
 LINE = good(1).decode()
 

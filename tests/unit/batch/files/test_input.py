@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.batch import duplicates, input, request
-from sidp_sgl.batch.duplicates import DuplicateFinder
 from sidp_sgl.batch.errors import JobError
-from sidp_sgl.batch.input import InputFile
+from sidp_sgl.batch.files import duplicates, input, request
+from sidp_sgl.batch.files.duplicates import DuplicateFinder
+from sidp_sgl.batch.files.input import InputFile
 from sidp_sgl.errors import SidpUsageError
 from tests.support.jobs import line, write_lines
 

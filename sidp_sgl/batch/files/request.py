@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from sidp_sgl.batch import encoding
+from sidp_sgl.batch.files import encoding
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 URLS = (CHAT, COMPLETIONS)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sidp_sgl.batch.errors import JobError
-from sidp_sgl.batch.output import GROUP_RECORDS, GROUP_SECONDS, OutputFile
-from sidp_sgl.batch.records import Answer, Record, write_record
-from sidp_sgl.batch.resume import Done
+from sidp_sgl.batch.files.output import GROUP_RECORDS, GROUP_SECONDS, OutputFile
+from sidp_sgl.batch.files.records import Answer, Record, write_record
+from sidp_sgl.batch.files.resume import Done
 from sidp_sgl.errors import SidpUsageError
 
 RECORDS = [write_record(f"r{n}", Answer(n, 400 if n == 3 else 200, b"{}")) for n in range(1, 5)]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.batch.records import Answer, Record, error_body, read_record, write_record
-from sidp_sgl.batch.request import CHAT, MAX_LINE_BYTES, URLS, LineError, parse
+from sidp_sgl.batch.files.records import Answer, Record, error_body, read_record, write_record
+from sidp_sgl.batch.files.request import CHAT, MAX_LINE_BYTES, URLS, LineError, parse
 from tests.support.jobs import line
 
 JSON = st.recursive(

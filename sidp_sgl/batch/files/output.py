@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sidp_sgl.batch.errors import JobError
-from sidp_sgl.batch.records import Record, read_record
+from sidp_sgl.batch.files.records import Record, read_record
 from sidp_sgl.errors import SidpUsageError
 
 GROUP_RECORDS = 256

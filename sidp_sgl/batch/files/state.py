@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 
 from sidp_sgl.batch.errors import JobError
-from sidp_sgl.batch.input import Contents
-from sidp_sgl.batch.output import sync_directory
+from sidp_sgl.batch.files.input import Contents
+from sidp_sgl.batch.files.output import sync_directory
 from sidp_sgl.batch.suspects import Suspects
 from sidp_sgl.errors import SidpUsageError
 

@@ -13,10 +13,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from sidp_sgl.batch import encoding
-from sidp_sgl.batch.duplicates import DuplicateFinder
 from sidp_sgl.batch.errors import JobError
-from sidp_sgl.batch.request import MAX_LINE_BYTES, EncodingError, LineError, Request, parse
+from sidp_sgl.batch.files import encoding
+from sidp_sgl.batch.files.duplicates import DuplicateFinder
+from sidp_sgl.batch.files.request import MAX_LINE_BYTES, EncodingError, LineError, Request, parse
 from sidp_sgl.errors import SidpUsageError
 
 MAX_ERRORS_SHOWN = 10

@@ -3,7 +3,7 @@
 Pure.
 """
 
-from sidp_sgl.batch.records import Record
+from sidp_sgl.batch.files.records import Record
 
 
 class Done:
