@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,15 @@ class RunBatch:
 
     def wait_for_records(self, number: int) -> None:
         """Until there are so many, or the command has ended."""
+        self._wait_until(lambda: self.num_records() >= number)
+
+    def wait_for_log(self, text: str) -> None:
+        """Until it says so, or the command has ended."""
+        self._wait_until(lambda: text in self.log.read_text())
+
+    def _wait_until(self, is_so: Callable[[], bool]) -> None:
         deadline = time.monotonic() + WAIT_SECONDS
-        while self.process.poll() is None and self.num_records() < number:
+        while self.process.poll() is None and not is_so():
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
 
