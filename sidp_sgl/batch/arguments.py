@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sidp_sgl.batch.files.state import SUFFIX
+from sidp_sgl.batch.files.output import REWRITTEN
+from sidp_sgl.batch.files.state import NEW, SUFFIX
 from sidp_sgl.batch.files.streams import STANDARD
 from sidp_sgl.errors import SidpUsageError
 
@@ -45,16 +46,17 @@ def check(args: argparse.Namespace) -> None:
 def _check_that_the_input_stays(input_file: str, output_file: str) -> None:
     if STANDARD in (input_file, output_file):
         return
-    state_file = Path(output_file).with_name(Path(output_file).name + SUFFIX)
-    for written, what in ((output_file, ""), (state_file, f", and {state_file} is written, too")):
+    for suffix in ("", REWRITTEN, SUFFIX, SUFFIX + NEW):
+        written = f"{Path(output_file)}{suffix}"
         if _are_one(input_file, written):
+            what = f", and {written} is written, too" if suffix else ""
             raise SidpUsageError(
                 f"--output-file {output_file} and --input-file {input_file} are one file{what}: "
                 "use another --output-file"
             )
 
 
-def _are_one(path: str | Path, other: str | Path) -> bool:
+def _are_one(path: str, other: str) -> bool:
     try:
         return os.path.samefile(path, other)
     except (OSError, ValueError):

@@ -273,7 +273,7 @@ def test_a_killed_run_alone_makes_nothing_suspect(job: Path, engines: list[Proce
 
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])
-@pytest.mark.parametrize("name", ["out", "out.state"])
+@pytest.mark.parametrize("name", ["out", "out.rewritten", "out.state", "out.state.new"])
 def test_the_input_is_not_written_over(
     job: Path, engines: list[Process], capsys, link: Callable | None, name: str
 ) -> None:
@@ -304,6 +304,20 @@ def test_what_no_file_can_be(engines: list[Process], capsys, files: list[str], r
     error = capsys.readouterr().err
     assert reason in error and error.count("\n") == 1
     assert not engines and not os.path.exists("out")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_folder_is_no_output(job: Path, engines: list[Process], capsys, name: str) -> None:
+    assert cli.main(["run-batch", "-i", str(job / "in"), "-o", name, "--dtype", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert "Is a directory" in error and error.count("\n") == 1 and not engines
+
+
+def test_no_standard_input(job: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after `<&-`
+    assert cli.main(["run-batch", "-i", "-", "-o", str(job / "out"), "--dtype", "auto"]) == 2
+    assert "--input-file - and standard input is closed" in capsys.readouterr().err
+    assert os.listdir(job) == ["in"]
 
 
 def test_standard_input_and_output(
