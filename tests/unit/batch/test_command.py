@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -288,6 +289,19 @@ def test_the_input_is_not_written_over(
     assert f"--output-file {job / 'out'} and --input-file {source} are one file" in error
     assert error.count("\n") == 1 and not engines
     assert source.read_bytes() == content
+
+
+@pytest.mark.parametrize("files", [["-i", "-", "-o", "in"], ["-i", "in", "-o", "-"]])
+def test_nor_is_what_the_shell_has_opened(job: Path, files: list[str]) -> None:
+    """`-i - -o in < in`, and `-i in -o - >> in`."""
+    content = (job / "in").read_bytes()
+    with open(job / "in", "ab+") as opened:
+        opened.seek(0)
+        streams = {"stdin": opened} if files[1] == "-" else {"stdout": opened}
+        command = [sys.executable, "-m", "sidp_sgl.cli", "run-batch", *files, "--model", "/absent"]
+        ended = subprocess.run(command, cwd=job, stderr=subprocess.PIPE, text=True, **streams)
+    assert ended.returncode == 2 and "are one file: use another" in ended.stderr
+    assert (job / "in").read_bytes() == content and os.listdir(job) == ["in"]
 
 
 @pytest.mark.parametrize(
