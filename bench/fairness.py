@@ -54,7 +54,7 @@ class Answered:
 
     kind: str
     sent: float
-    first_token: float  # seconds after it was sent
+    first_token: float  # seconds after it was sent; at least so many, where the end came first
 
 
 class Server:
@@ -124,7 +124,7 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
 async def load(
     server: Server, clients: dict[str, int], seconds: float, seed: int
 ) -> list[Answered]:
-    """The first tokens that came in time."""
+    """Every request, also those that still wait at the end."""
     random = np.random.default_rng(seed)
     headers = random.integers(4, 60, (HEADERS, HEADER_TOKENS)).tolist()
     answered: list[Answered] = []
@@ -136,16 +136,17 @@ async def load(
             question = random.integers(4, 60, QUESTION_TOKENS).tolist()
             prompt = headers[random.integers(HEADERS)] + question
             body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
-            sent = time.perf_counter()
-            async with session.stream("POST", server.url + "/generate", json=body) as response:
-                response.raise_for_status()
-                is_first = True
-                async for line in response.aiter_lines():
-                    if is_first and line.startswith("data: {"):
-                        assert "error" not in line, line
-                        first = time.perf_counter()
-                        answered.append(Answered(kind, sent - begun, first - sent))
-                        is_first = False
+            sent, first = time.perf_counter(), None
+            try:
+                async with session.stream("POST", server.url + "/generate", json=body) as response:
+                    response.raise_for_status()
+                    async for line in response.aiter_lines():
+                        if first is None and line.startswith("data: {"):
+                            assert "error" not in line, line
+                            first = time.perf_counter()
+            finally:
+                waited = (first or time.perf_counter()) - sent
+                answered.append(Answered(kind, sent - begun, waited))
 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(limits=limits, timeout=None) as session:
@@ -163,7 +164,7 @@ def percentiles(answered: list[Answered], after: float) -> dict[str, dict[str, A
             waits[each.kind].append(each.first_token)
     if missing := [kind for kind, values in waits.items() if not values]:
         raise SystemExit(
-            f"error: no {' and no '.join(missing)} request was answered in time: use more --seconds"
+            f"error: no {' and no '.join(missing)} request was sent late enough: use more --seconds"
         )
     return {
         kind: {

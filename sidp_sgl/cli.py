@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 where the user has to change something, said in one line."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ("",)
     if command in ("", "-h", "--help"):
-        print(_help())
+        print(_help(), file=sys.stdout if command else sys.stderr)
         return 0 if command else 2
     if command not in COMMANDS:
         return _fail("sidp-sgl", f"unknown command {command!r}: use one of {', '.join(COMMANDS)}")

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from sidp_sgl.batch.files.state import SUFFIX
+from sidp_sgl.batch.files.output import REWRITTEN
+from sidp_sgl.batch.files.state import NEW, SUFFIX
 from sidp_sgl.batch.files.streams import STANDARD
 from sidp_sgl.errors import SidpUsageError
 
@@ -43,20 +45,24 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _check_that_the_input_stays(input_file: str, output_file: str) -> None:
-    if STANDARD in (input_file, output_file):
-        return
-    state_file = Path(output_file).with_name(Path(output_file).name + SUFFIX)
-    for written, what in ((output_file, ""), (state_file, f", and {state_file} is written, too")):
-        if _are_one(input_file, written):
+    source = 0 if input_file == STANDARD else input_file
+    written: list[str | int] = [1]
+    if output_file != STANDARD:
+        suffixes = ("", REWRITTEN, SUFFIX, SUFFIX + NEW)
+        written = [f"{Path(output_file)}{suffix}" for suffix in suffixes]
+    for target in written:
+        if _are_one(source, target):
+            what = "" if target == written[0] else f", and {target} is written, too"
             raise SidpUsageError(
                 f"--output-file {output_file} and --input-file {input_file} are one file{what}: "
                 "use another --output-file"
             )
 
 
-def _are_one(path: str | Path, other: str | Path) -> bool:
+def _are_one(path: str | int, other: str | int) -> bool:
     try:
-        return os.path.samefile(path, other)
+        status = os.stat(path)
+        return stat.S_ISREG(status.st_mode) and os.path.samestat(status, os.stat(other))
     except (OSError, ValueError):
         return False  # one of them does not exist
 

@@ -13,14 +13,16 @@ from sglang.srt.plugins.hook_registry import HookType
 from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.required import Hook
 
+_INT32 = 2**31 - 1  # tensors of sampling parameters
 
-def check_list(obj: Any) -> None:
+
+def check_list(obj: Any, has_media: bool) -> None:
     """Raise ValueError for a list of prompts with an empty one: a rank would mix up the answers."""
     for prompts in (obj.text, obj.input_ids):
         if not isinstance(prompts, list | tuple) or isinstance(next(iter(prompts), None), int):
             continue  # one prompt
         for number, prompt in enumerate(prompts):
-            if (prompt is None or len(prompt) == 0) and not obj.contains_mm_input():
+            if (prompt is None or len(prompt) == 0) and not has_media:
                 raise ValueError(f"prompt {number} of {len(prompts)} is empty: leave it out")
 
 
@@ -34,9 +36,11 @@ def check_tokens(token_ids: Sequence[int], vocab_size: int, what: str) -> None:
             )
 
 
-def check_request(obj: Any, token_ids: Sequence[int] | None, vocab_size: int) -> None:
+def check_request(
+    obj: Any, token_ids: Sequence[int] | None, vocab_size: int, has_media: bool
+) -> None:
     """One request, its prompt in tokens; raises ValueError."""
-    if token_ids is not None and not obj.contains_mm_input():
+    if token_ids is not None and not has_media:
         if len(token_ids) == 0 and not _has_session(obj):
             raise ValueError("the prompt is empty: it has no token")
         check_tokens(token_ids, vocab_size, "the prompt")
@@ -46,6 +50,10 @@ def check_request(obj: Any, token_ids: Sequence[int] | None, vocab_size: int) ->
             f"{top_logprobs} top log probabilities are more than the model has tokens: use "
             f"{vocab_size} or fewer"
         )
+    for name in ("top_k", "min_new_tokens"):
+        value = obj.sampling_params.get(name)
+        if isinstance(value, int) and value > _INT32:
+            raise ValueError(f"{name} is {value}: use {_INT32} or less")
     if obj.sampling_params.get("min_new_tokens"):  # until then these are not sampled
         check_tokens(obj.sampling_params.get("stop_token_ids") or (), vocab_size, "stop_token_ids")
 
@@ -55,16 +63,22 @@ def _has_session(obj: Any) -> bool:
     return bool(getattr(obj, "session_params", None) or getattr(obj, "session_id", None))
 
 
+def _has_media(manager: Any, obj: Any) -> bool:
+    """A model of texts only takes no notice of images."""
+    return manager.mm_processor is not None and obj.contains_mm_input()
+
+
 def _generate_request(manager: Any, obj: Any, *_: Any, **__: Any) -> None:
     """`TokenizerManager.generate_request`, before anything is sent."""
     if arguments.config_of(manager.server_args) is not None:
-        check_list(obj)
+        check_list(obj, _has_media(manager, obj))
 
 
 def _validate_one_request(manager: Any, obj: Any, token_ids: Sequence[int] | None) -> None:
     """`TokenizerManager._validate_one_request`: every request, once it is tokenized."""
     if arguments.config_of(manager.server_args) is not None:
-        check_request(obj, token_ids, manager.model_config.vocab_size)
+        has_media = _has_media(manager, obj)
+        check_request(obj, token_ids, manager.model_config.vocab_size, has_media)
 
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"

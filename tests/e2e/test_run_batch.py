@@ -146,6 +146,15 @@ def test_flags_of_sglang_are_checked_before_anything_starts(tmp_path: Path) -> N
     assert not running.output.exists()
 
 
+def test_a_flag_that_sglang_raises_at(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", demo_lines(1))
+    with run_batch(tmp_path, "--log-level", "loud") as running:
+        assert running.wait() == 2
+    log = running.log.read_text()
+    assert log.startswith("sidp-sgl run-batch: error: SGLang does not take these flags: ")
+    assert "LOUD" in log and log.count("\n") == 1
+
+
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", demo_lines(1))
     with run_batch(tmp_path, "--model", str(tmp_path / "absent")) as running:

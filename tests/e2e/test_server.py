@@ -162,10 +162,12 @@ SAMPLING = {"max_new_tokens": 4}
         ("/generate", {"input_ids": [[5, 6], []]}, EMPTY),
         ("/generate", {"input_ids": [5, 10**6]}, TOO_LARGE),
         ("/generate", {"input_ids": [[5], [-1]]}, TOO_LARGE),
+        ("/generate", {"input_ids": [5, 10**6], "image_data": "x"}, TOO_LARGE),
         ("/v1/completions", {"prompt": ["x", ""]}, EMPTY),
         ("/v1/completions", {"prompt": [[5, 6], []]}, EMPTY),
         ("/v1/completions", {"prompt": [5, 10**6]}, TOO_LARGE),
         ("/v1/completions", {"prompt": "x", "logprobs": 10**6}, "more than the model has tokens"),
+        ("/v1/completions", {"prompt": "x", "top_k": 2**40}, "top_k is"),
     ],
 )
 def test_what_would_end_a_rank_is_refused_and_nobody_notices(

@@ -13,7 +13,7 @@ def test_no_command_is_usage(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sidp-sgl"])
     assert cli.main() == cli.main([]) == 2
-    assert capsys.readouterr().out.startswith("usage: sidp-sgl COMMAND")
+    assert capsys.readouterr().err.startswith("usage: sidp-sgl COMMAND")
 
 
 def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:

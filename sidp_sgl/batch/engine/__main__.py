@@ -86,6 +86,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, dict[str, str]]:
         # The usage that argparse prints first has some hundred lines.
         last = (said.getvalue().strip().splitlines() or ["the flags were refused"])[-1]
         raise SidpUsageError(last.partition("error: ")[2] or last) from None
+    except Exception as error:  # what argparse lets pass
+        raise SidpUsageError(f"SGLang does not take these flags: {one_line(error)}") from None
     values = {name: getattr(server_args, name) for name in server_args.__struct_fields__}
     for name, reason in _REFUSED.items():
         if values.get(name):

@@ -1,4 +1,5 @@
-"""Values that SGLang hands on to its ranks without a check, and that would end one there.
+"""Values that SGLang hands on to its ranks without a check, and that would end one there or mix up
+answers.
 
 Pure: `request` is any object with the fields of a chat completion's or a completion's body.
 """
@@ -27,4 +28,18 @@ def out_of_bounds(request: Any, vocab_size: int) -> str | None:
     for token_id in getattr(request, "stop_token_ids", None) or ():
         if not 0 <= token_id < vocab_size:
             return f"stop_token_ids has {token_id}, which is no token: use 0 to {vocab_size - 1}"
+    return _wrong_prompt(getattr(request, "prompt", None), vocab_size)
+
+
+def _wrong_prompt(prompt: Any, vocab_size: int) -> str | None:
+    """`prompt`: a text, token ids, or a list of either."""
+    if not isinstance(prompt, list):
+        return None
+    prompts = [prompt] if isinstance(next(iter(prompt), None), int) else prompt
+    for number, one in enumerate(prompts):
+        if not one:
+            return f"prompt {number} of {len(prompts)} is empty: leave it out"
+        for token_id in one if isinstance(one, list) else ():
+            if not 0 <= token_id < vocab_size:
+                return f"prompt has {token_id}, which is no token: use 0 to {vocab_size - 1}"
     return None

@@ -42,7 +42,7 @@ class InputFile:
         self.path = path
         self.num_seeded = 0  # requests that `check` has found to ask for a seed
         try:
-            self._on_disk = opened or open(path, "rb")  # noqa: SIM115
+            self._on_disk = opened or open(path, "rb", opener=_open_at_once)  # noqa: SIM115
         except OSError as error:
             raise SidpUsageError(f"--input-file {path}: {error.strerror}") from None
         if not stat.S_ISREG(os.fstat(self._on_disk.fileno()).st_mode):
@@ -172,3 +172,8 @@ class InputFile:
     def close(self) -> None:
         self._file.close()
         self._on_disk.close()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A FIFO would wait for somebody who writes."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -18,7 +18,7 @@ from sidp_sgl.errors import SidpUsageError
 
 GROUP_RECORDS = 256
 GROUP_SECONDS = 1.0
-_REWRITTEN = ".rewritten"  # suffix of the file that takes the output's place
+REWRITTEN = ".rewritten"  # suffix of the file that takes the output's place
 
 
 class OutputFile:
@@ -34,7 +34,7 @@ class OutputFile:
         self.path = path
         self._sync, self._clock = sync, clock
         self._descriptor = self._open()
-        self._rewritten = path.with_name(path.name + _REWRITTEN)
+        self._rewritten = path.with_name(path.name + REWRITTEN)
         self._rewritten.unlink(missing_ok=True)  # of a run that was killed
         self._end = os.fstat(self._descriptor).st_size  # of the last whole record
         self._num_unsynced = 0

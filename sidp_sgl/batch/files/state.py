@@ -14,6 +14,7 @@ from sidp_sgl.batch.suspects import Suspects
 from sidp_sgl.errors import SidpUsageError
 
 SUFFIX = ".state"
+NEW = ".new"  # suffix of the file that takes the state's place
 _FORMAT = 1
 
 
@@ -51,7 +52,7 @@ class StateFile:
         self._save({**self._state, "suspects": suspects.ranges, "num_lost": num_lost})
 
     def _save(self, state: dict[str, Any]) -> None:
-        new = self.path.with_name(self.path.name + ".new")
+        new = self.path.with_name(self.path.name + NEW)
         try:
             with open(new, "wb") as file:
                 file.write(orjson.dumps(state, option=orjson.OPT_INDENT_2) + b"\n")

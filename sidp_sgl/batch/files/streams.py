@@ -18,9 +18,12 @@ _POLL_SECONDS = 0.2
 def spool_standard_input(on_tick: Callable[[], None]) -> BinaryIO:
     """All of it, in a file without a name under TMPDIR, since the job reads its input twice.
 
-    `on_tick` is called now and then, and may raise. Raises JobError.
+    `on_tick` is called now and then, and may raise. Raises SidpUsageError or JobError.
     """
-    source = sys.stdin.fileno()
+    try:
+        source = sys.stdin.fileno()
+    except (OSError, ValueError, AttributeError):
+        raise SidpUsageError("--input-file - and standard input is closed") from None
     spool = tempfile.TemporaryFile()  # noqa: SIM115
     try:
         while True:

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,7 +274,7 @@ def test_a_killed_run_alone_makes_nothing_suspect(job: Path, engines: list[Proce
 
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])
-@pytest.mark.parametrize("name", ["out", "out.state"])
+@pytest.mark.parametrize("name", ["out", "out.rewritten", "out.state", "out.state.new"])
 def test_the_input_is_not_written_over(
     job: Path, engines: list[Process], capsys, link: Callable | None, name: str
 ) -> None:
@@ -290,6 +291,19 @@ def test_the_input_is_not_written_over(
     assert source.read_bytes() == content
 
 
+@pytest.mark.parametrize("files", [["-i", "-", "-o", "in"], ["-i", "in", "-o", "-"]])
+def test_nor_is_what_the_shell_has_opened(job: Path, files: list[str]) -> None:
+    """`-i - -o in < in`, and `-i in -o - >> in`."""
+    content = (job / "in").read_bytes()
+    with open(job / "in", "ab+") as opened:
+        opened.seek(0)
+        streams = {"stdin": opened} if files[1] == "-" else {"stdout": opened}
+        command = [sys.executable, "-m", "sidp_sgl.cli", "run-batch", *files, "--model", "/absent"]
+        ended = subprocess.run(command, cwd=job, stderr=subprocess.PIPE, text=True, **streams)
+    assert ended.returncode == 2 and "are one file: use another" in ended.stderr
+    assert (job / "in").read_bytes() == content and os.listdir(job) == ["in"]
+
+
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
@@ -304,6 +318,20 @@ def test_what_no_file_can_be(engines: list[Process], capsys, files: list[str], r
     error = capsys.readouterr().err
     assert reason in error and error.count("\n") == 1
     assert not engines and not os.path.exists("out")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_folder_is_no_output(job: Path, engines: list[Process], capsys, name: str) -> None:
+    assert cli.main(["run-batch", "-i", str(job / "in"), "-o", name, "--dtype", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert "Is a directory" in error and error.count("\n") == 1 and not engines
+
+
+def test_no_standard_input(job: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after `<&-`
+    assert cli.main(["run-batch", "-i", "-", "-o", str(job / "out"), "--dtype", "auto"]) == 2
+    assert "--input-file - and standard input is closed" in capsys.readouterr().err
+    assert os.listdir(job) == ["in"]
 
 
 def test_standard_input_and_output(

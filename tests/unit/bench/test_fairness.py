@@ -1,5 +1,9 @@
 """What the bench makes of first tokens that it has seen."""
 
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from bench import fairness
@@ -34,3 +38,21 @@ def test_the_table_says_own_over_sglang_s() -> None:
     heads, (short, *_) = fairness.table(results)
     assert len(heads) == len(short)
     assert short[:3] == ["short (2)", "8", "180 / 180"] and short[-1].startswith("1.24 (1.00 to")
+
+
+def test_a_request_that_waits_until_the_end_counts() -> None:
+    """Else a server that lets one starve would look better for it."""
+
+    async def load() -> list[Answered]:
+        async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_server(never_answer, "127.0.0.1", 0) as listening:
+            port = listening.sockets[0].getsockname()[1]
+            server: Any = SimpleNamespace(url=f"http://127.0.0.1:{port}")
+            return await fairness.load(server, {"short": 2, "long": 1}, 0.5, seed=0)
+
+    found = asyncio.run(load())
+    assert sorted(each.kind for each in found) == ["long", "short", "short"]
+    assert all(each.sent + each.first_token >= 0.5 for each in found)

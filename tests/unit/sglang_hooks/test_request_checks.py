@@ -16,22 +16,27 @@ tokens = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8)
 outside = st.integers(max_value=-1) | st.integers(min_value=VOCAB)
 
 
-def manager(has_sidp: bool = True) -> Any:
+def manager(has_sidp: bool = True, sees: bool = False) -> Any:
     server_args = SimpleNamespace()
     if has_sidp:
         config = SidpConfig(sidp=True).of_engine("group", "auto", is_server=True)
         arguments.attach(server_args, config)
-    return SimpleNamespace(server_args=server_args, model_config=SimpleNamespace(vocab_size=VOCAB))
+    return SimpleNamespace(
+        server_args=server_args,
+        model_config=SimpleNamespace(vocab_size=VOCAB),
+        mm_processor="some" if sees else None,
+    )
 
 
-def check(has_sidp: bool = True, **fields: Any) -> None:
+def check(has_sidp: bool = True, sees: bool = False, **fields: Any) -> None:
     """A request on its way, as SGLang calls the hooks; texts have a token per character."""
     obj = GenerateReqInput(**fields)
-    request_checks._generate_request(manager(has_sidp), obj, None)
+    checked = manager(has_sidp, sees)
+    request_checks._generate_request(checked, obj, None)
     obj.normalize_batch_and_arguments()
     for one in [obj] if obj.is_single else [obj[number] for number in range(obj.batch_size)]:
         token_ids = [ord(c) % VOCAB for c in one.text] if one.text is not None else one.input_ids
-        request_checks._validate_one_request(manager(has_sidp), one, token_ids)
+        request_checks._validate_one_request(checked, one, token_ids)
 
 
 @given(st.lists(tokens, min_size=1, max_size=4))
@@ -75,6 +80,13 @@ def test_a_token_that_the_model_does_not_have_is_named(
         check(input_ids=[neighbour, prompt] if is_list else prompt)
 
 
+@pytest.mark.parametrize("fields", [{"text": ""}, {"input_ids": [5, VOCAB]}])
+def test_an_image_excuses_only_where_the_model_sees(fields: dict[str, Any]) -> None:
+    check(sees=True, image_data="x", **fields)
+    with pytest.raises(ValueError, match="the prompt"):
+        check(image_data="x", **fields)
+
+
 @pytest.mark.parametrize("bad", ["1", 1.5, None])
 def test_a_token_that_is_no_number_is_named(bad: Any) -> None:
     with pytest.raises(ValueError, match="use whole numbers"):
@@ -85,6 +97,13 @@ def test_more_log_probabilities_than_tokens() -> None:
     check(text="x", return_logprob=True, top_logprobs_num=VOCAB)
     with pytest.raises(ValueError, match="65 top log probabilities"):
         check(text="x", return_logprob=True, top_logprobs_num=VOCAB + 1)
+
+
+@pytest.mark.parametrize("name", ["top_k", "min_new_tokens"])
+def test_what_no_tensor_of_sampling_parameters_holds(name: str) -> None:
+    check(text="x", sampling_params={name: 2**31 - 1})
+    with pytest.raises(ValueError, match=f"{name} is {2**31}: use {2**31 - 1} or less"):
+        check(text="x", sampling_params={name: 2**31})
 
 
 def test_stop_tokens_that_are_held_back() -> None:

@@ -256,6 +256,18 @@ def test_bounds(engine: EngineWithoutRanks, url: str, body: dict[str, Any]) -> N
     assert any(message(response).startswith(name) for name in body)
 
 
+@pytest.mark.parametrize("prompt", [["x", ""], [[5], []], [5, 64], [[5], [-1]]])
+def test_prompts_that_would_end_the_engine_or_mix_up_answers(
+    engine: EngineWithoutRanks, prompt: list[Any]
+) -> None:
+    """Also without --sidp, where nothing else checks them."""
+    sent = []
+    engine.on_step = lambda step: sent.append(step) if step == "dispatch" else None
+    response = run_job(engine, [line("a", prompt=prompt)])["a"]
+    assert response["status_code"] == 400 and not sent
+    assert "prompt" in message(response)
+
+
 def test_a_request_that_the_engine_has_lost(
     engine: EngineWithoutRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,9 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         InputFile(tmp_path)
     with pytest.raises(SidpUsageError, match=r"no regular file, .* use - for standard input"):
         InputFile(Path(os.devnull))
+    os.mkfifo(tmp_path / "fifo")  # that nobody writes into
+    with pytest.raises(SidpUsageError, match="no regular file"):
+        InputFile(tmp_path / "fifo")
 
 
 def test_gzip_is_read_by_its_content(tmp_path: Path) -> None:
