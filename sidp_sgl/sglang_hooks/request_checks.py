@@ -14,6 +14,7 @@ from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.required import Hook
 
 _INT32 = 2**31 - 1  # tensors of sampling parameters
+_MOST_ANSWERS = 4096  # to one prompt: SGLang makes a list of them
 
 
 def check_list(obj: Any, has_media: bool) -> None:
@@ -24,6 +25,15 @@ def check_list(obj: Any, has_media: bool) -> None:
         for number, prompt in enumerate(prompts):
             if (prompt is None or len(prompt) == 0) and not has_media:
                 raise ValueError(f"prompt {number} of {len(prompts)} is empty: leave it out")
+
+
+def check_number(sampling_params: Any) -> None:
+    """Raise ValueError for more answers to one prompt than the main process could list."""
+    each = sampling_params if isinstance(sampling_params, list) else [sampling_params]
+    for params in each:
+        number = params.get("n", 1) if isinstance(params, dict) else 1
+        if isinstance(number, int) and number > _MOST_ANSWERS:
+            raise ValueError(f"n is {number}: use {_MOST_ANSWERS} or less")
 
 
 def check_tokens(token_ids: Sequence[int], vocab_size: int, what: str) -> None:
@@ -72,6 +82,7 @@ def _generate_request(manager: Any, obj: Any, *_: Any, **__: Any) -> None:
     """`TokenizerManager.generate_request`, before anything is sent."""
     if arguments.config_of(manager.server_args) is not None:
         check_list(obj, _has_media(manager, obj))
+        check_number(obj.sampling_params)
 
 
 def _validate_one_request(manager: Any, obj: Any, token_ids: Sequence[int] | None) -> None:

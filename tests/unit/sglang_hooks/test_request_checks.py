@@ -117,3 +117,11 @@ def test_stop_tokens_that_are_held_back() -> None:
 @pytest.mark.parametrize("fields", [{"text": ["x", ""]}, {"input_ids": [VOCAB]}])
 def test_without_sidp_nothing_is_refused(fields: dict[str, Any]) -> None:
     check(has_sidp=False, **fields)
+
+
+@pytest.mark.parametrize("in_list", [True, False])
+def test_more_answers_than_can_be_listed(in_list: bool) -> None:
+    params = {"n": 10**9}
+    with pytest.raises(ValueError, match="n is 1000000000: use 4096 or less"):
+        check(text=["x"] if in_list else "x", sampling_params=[params] if in_list else params)
+    check(text="x", sampling_params={"n": 2})
