@@ -1,35 +1,29 @@
-"""What TP rank 0 has decided of a decode step, on all TP ranks of its DP rank.
+"""The mode of a decode step, which TP rank 0 has decided, on all TP ranks of its DP rank.
 
-They have to run the same mode: a CUDA graph of one beside that of another would sum other buffers.
+They have to run the same one: a CUDA graph of one mode beside that of another would sum other
+buffers.
 """
-
-from collections.abc import Mapping
 
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-Leases = Mapping[int, int] | None  # owner → first row; None: a WaS step
+from sidp_sgl.scheduler.modes.policy import CAS, WAS
 
 
-class SharedLeases:
-    """One small message on the host per step, which TP rank 0 sends and the others receive.
-    `num_ranks`: DP ranks."""
+class SharedMode:
+    """One small message on the host per step, which TP rank 0 sends and the others receive."""
 
-    def __init__(self, num_ranks: int) -> None:
-        self._message = torch.empty(1 + num_ranks, dtype=torch.int64)  # is it CaS; rows by owner
+    def __init__(self) -> None:
+        self._is_cas = torch.empty(1, dtype=torch.int64)
 
-    def send(self, leases: Leases) -> None:
-        self._message.fill_(-1)
-        self._message[0] = leases is not None
-        for owner, first in (leases or {}).items():
-            self._message[1 + owner] = first
+    def send(self, mode: str) -> None:
+        self._is_cas[0] = mode == CAS
         self._broadcast()
 
-    def receive(self) -> Leases:
+    def receive(self) -> str:
         self._broadcast()
-        is_cas, *rows = self._message.tolist()
-        return {owner: first for owner, first in enumerate(rows) if first >= 0} if is_cas else None
+        return CAS if self._is_cas.item() else WAS
 
     def _broadcast(self) -> None:
-        group = get_parallel().tp_group
-        torch.distributed.broadcast(self._message, src=group.ranks[0], group=group.cpu_group)
+        group = get_parallel().tp_group.cpu_group
+        torch.distributed.broadcast(self._is_cas, group=group, group_src=0)
