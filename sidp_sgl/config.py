@@ -57,7 +57,7 @@ class SidpConfig:
     sidp_cache_slots: int | None = field(
         default=None,
         metadata=_flag(
-            "Slots per rank, each for one fetched block (default: 3).",
+            "Slots per rank, each for one fetched block (default: 3; 2 where layers have experts).",
             type=int,
             metavar="N",
         ),

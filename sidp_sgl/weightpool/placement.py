@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 DEFAULT_SLOTS = 3
+EXPERT_SLOTS = 2  # where layers are mixtures: their blocks are large, and decoded by their owners
 
 
 @dataclass(frozen=True)

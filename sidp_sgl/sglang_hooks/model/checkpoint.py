@@ -17,8 +17,13 @@ from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.required import Hook
 
-# Checkpoints store what SGLang stacks into one projection as separate tensors.
-_STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Checkpoints store what SGLang stacks into one module as separate tensors: shared experts may be
+# loaded as further ones of the experts.
+_STACKED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "experts": ("shared_experts", "shared_expert"),
+}
 
 
 class CheckpointReader:

@@ -2,8 +2,9 @@
 
 While layers are built, the blocks of other ranks become placeholders. What SGLang loads as it is
 (`loads_in_place`) is loaded straight into the rank's own blocks; else it is loaded and processed in
-memory of its own, and laid out in blocks afterwards. Then the ranks meet, and the slots take over,
-in the layouts of the owners.
+memory of its own, and laid out in blocks afterwards, and other ranks' units are processed without
+their weights (`processed.py`). Then the ranks meet, and the slots take over, in the layouts of the
+owners.
 """
 
 import itertools
@@ -20,7 +21,8 @@ from torch import nn
 from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.model import placeholders
-from sidp_sgl.sglang_hooks.model.units import Unit, find_blocks, pooled_unit
+from sidp_sgl.sglang_hooks.model.processed import ScratchProcessing
+from sidp_sgl.sglang_hooks.model.units import Unit, find_blocks, pooled_unit, use_one_stream
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
@@ -60,13 +62,16 @@ class PoolOffloader(BaseOffloader):
         self._loads_in_place = loads_in_place
         self._layers: list[nn.Module] = []
         self._blocks: list[_Block] = []
+        self.processing = ScratchProcessing()
         self._layouts: dict[int, BlockLayout] = {}  # of own blocks
         self._memory: dict[int, torch.Tensor] = {}  # of own blocks
         self._placeholder_modules: set[int] = set()
         self.unmaterialised = 0  # placeholder tensors that held no memory when loading had ended
 
-    def hook(self) -> Hook:
-        return Hook("sglang.srt.utils.offloader.create_offloader", lambda _: self, HookType.AROUND)
+    def hooks(self) -> list[Hook]:
+        target = "sglang.srt.utils.offloader.create_offloader"
+        processing = [] if self._loads_in_place else self.processing.hooks()
+        return [Hook(target, lambda _: self, HookType.AROUND), *processing]
 
     def is_placeholder(self, module: nn.Module) -> bool:
         return id(module) in self._placeholder_modules
@@ -83,6 +88,7 @@ class PoolOffloader(BaseOffloader):
         for index, layer in enumerate(all_modules_generator):
             self._layers.append(layer)
             for units in find_blocks(layer, index, self._pooled_units):
+                use_one_stream(layer, units)
                 self._add_block(_Block(layer, units, index))
         expected = self._pool.placement.num_layers
         if len(self._layers) != expected:
@@ -99,9 +105,13 @@ class PoolOffloader(BaseOffloader):
         layout = make_layout(tensors.items())
         index = self._pool.add_block(layout.num_bytes, block.layer)
         self._blocks.append(block)
-        if not self._pool.owns(index):
+        is_own = self._pool.owns(index)
+        if not self._loads_in_place:
+            for unit in block.units:
+                self.processing.add(block.layer, unit.name, unit.module, is_own=is_own)
+        if not is_own:
             self._placeholder_modules.update(id(unit.module) for unit in block.units)
-            for name, tensor in tensors.items():
+            for name, tensor in tensors.items() if self._loads_in_place else ():
                 placeholders.make_placeholder(block.root, name, tensor)
             return
         self._layouts[index] = layout
@@ -170,13 +180,17 @@ class PoolOffloader(BaseOffloader):
             placeholders.view_pool(block.root, spec.name, view, is_parameter=spec.is_parameter)
 
     def _adopt(self, block: _Block, layout: BlockLayout, views: dict[str, torch.Tensor]) -> None:
-        """Another rank's block takes the form that its owner's has, whatever it was built as."""
-        for name, tensor in block.tensors().items():
+        """Another rank's block has the form that its owner's has."""
+        tensors = block.tensors()
+        forms = {name: _form(tensor) for name, tensor in tensors.items()}
+        if forms != {name: _form(view) for name, view in views.items()}:
+            raise SidpError(
+                f"--sidp: layer {block.layer} has another form at the rank that owns it"
+            )
+        for name, tensor in tensors.items():
             if not tensor.is_meta:
                 raise SidpError(f"--sidp: {name} of another rank's layer was materialised")
             self.unmaterialised += 1
-            if name not in {spec.name for spec in layout.tensors}:
-                placeholders.remove(block.root, name)
         self._view(block, layout, views)
 
     def _pooled_unit_list(self) -> list[PooledUnit]:

@@ -15,6 +15,7 @@ import sglang
 from sidp_sgl.config import SidpConfig, flag_name
 from sidp_sgl.errors import SidpError, SidpUsageError
 from sidp_sgl.sglang_hooks import arguments, refusals, required
+from sidp_sgl.weightpool.placement import Placement
 from tests.support.checkpoints import write_checkpoint
 
 BAD_SETTINGS = [
@@ -129,7 +130,7 @@ def test_warns_where_nothing_is_freed(
     warnings: list[str] = []
     monkeypatch.setattr(refusals.logger, "warning", lambda text, *_: warnings.append(text))
     config = SidpConfig(sidp=True, sidp_cache_slots=slots)
-    refusals.warn_of_no_gain(config, num_layers=8, num_ranks=2)
+    refusals.warn_of_no_gain(Placement.of([1] * 8, 2, config.sidp_cache_slots))
     assert bool(warnings) == warned
 
 
