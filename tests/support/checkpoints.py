@@ -83,8 +83,10 @@ def write_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     max_shard_bytes: int = 400_000,
+    **settings: Any,
 ) -> Path:
-    """Write config.json and several safetensors shards into `folder` and return it.
+    """Write config.json and several safetensors shards into `folder` and return it; `settings` are
+    further values of the config.
 
     Shards are small on purpose: a pooled unit and a replicated tensor share a file.
     """
@@ -104,7 +106,7 @@ def write_checkpoint(
         "pad_token_id": 0,
         "dtype": dtype,
     }
-    model = model_class(config_class(**common | SETTINGS.get(architecture, {})))
+    model = model_class(config_class(**common | SETTINGS.get(architecture, {}) | settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
