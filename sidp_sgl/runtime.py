@@ -149,7 +149,7 @@ class Rank:
             self._meet_peers,
             loads_in_place=not self.model_config.quantization,
         )
-        self.reader = CheckpointReader(self.offloader.is_placeholder)
+        self.reader = CheckpointReader(self.offloader.is_placeholder, self.offloader.before_loading)
         controller = None if self.control is None else self.control.controller
         self.waiting = WaitingRequests(self.dp_rank, controller, config.engine)
         has_metrics = self.control is not None and get_observability().enable_metrics

@@ -29,8 +29,13 @@ _STACKED = {
 class CheckpointReader:
     """One rank's reading: skips the tensors of placeholder modules, counts the bytes of others."""
 
-    def __init__(self, is_placeholder: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self,
+        is_placeholder: Callable[[nn.Module], bool],
+        before_loading: Callable[[nn.Module], None],
+    ) -> None:
         self.bytes_read = 0
+        self._before_loading = before_loading
         self._is_placeholder = is_placeholder
         self._skipped: re.Pattern[str] | None = None
 
@@ -50,6 +55,7 @@ class CheckpointReader:
         ]
 
     def _load_weights_only(self, original: Any, model: nn.Module, *rest: Any) -> Any:
+        self._before_loading(model)
         names = [name for name, module in model.named_modules() if self._is_placeholder(module)]
         self._skipped = re.compile("|".join(map(_checkpoint_pattern, names)) or "(?!)")
         result = original(model, *rest)

@@ -29,7 +29,7 @@ class ScratchProcessing:
         self._forms: dict[int, tuple[torch.Size, tuple[int, ...]]] = {}  # by parameter
         self._attributes: dict[str, dict[str, Any]] = {}  # made by processing, by module's path
 
-    def add(self, layer: int, name: str, module: nn.Module, *, is_own: bool) -> None:
+    def add(self, layer: int | None, name: str, module: nn.Module, *, is_own: bool) -> None:
         """`name`: path of `module` within its layer."""
         if is_own:
             self._own.append((name, module))

@@ -16,8 +16,10 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import nn
 
+from sidp_sgl.config import FFN
 from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.model.experts import pooled_experts
+from sidp_sgl.sglang_hooks.model.tables import Piece
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
 
 
@@ -30,7 +32,7 @@ class Unit:
 
 
 def find_blocks(layer: nn.Module, index: int, pool: str) -> list[list[Unit]]:
-    """The blocks of decoder layer `index` for `--sidp-pool ffn` or `linear`, as lists of units.
+    """The blocks of decoder layer `index` for a `--sidp-pool`, as lists of units.
 
     Raises SidpError where the layer has no recognisable FFN, or a unit of it can't be computed
     without its TP group.
@@ -44,7 +46,7 @@ def find_blocks(layer: nn.Module, index: int, pool: str) -> list[list[Unit]]:
             "modules where one each is expected: this model can't be pooled, start without --sidp"
         )
     units = []
-    if pool == "linear":
+    if pool != FFN:
         units += _projections(*attention[0])
     units += _ffn_units(*ffns[0])
     num_experts = sum(isinstance(module, FusedMoE) for module in layer.modules())
@@ -93,6 +95,17 @@ def use_one_stream(layer: nn.Module, units: list[Unit]) -> None:
 def pooled_unit(unit: Unit, number: int, block: int, *, is_last: bool) -> PooledUnit:
     """`unit` as the weight pool sees it; before its forward is wrapped."""
     module = unit.module
+    if isinstance(module, Piece):
+        table = module.weight
+        return PooledUnit(
+            number,
+            block,
+            is_last,
+            payload=(RowType(table.shape[1], table.dtype),),
+            result=RowType(module.num_rows, module.logits_dtype),
+            forward=module.forward,
+            partial=module.forward,
+        )
     if isinstance(module, FusedMoE):
         return pooled_experts(module, number, block, is_last=is_last)
     linears = _linears(module)

@@ -44,6 +44,7 @@ class Rank:
         self.offloader = PoolOffloader(self.pool, "ffn", self._meet, loads_in_place=loads_in_place)
         self.peers: list[Rank] = []
         self.layers = self.offloader.wrap_modules(built_layers())
+        self.offloader.before_loading(nn.ModuleList(self.layers))
 
     def _meet(self, units: list) -> UnitExecution:
         for peer in self.peers:
