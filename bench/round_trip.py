@@ -139,7 +139,7 @@ def _round_trips(
 ) -> dict[str, list[float]]:
     unit, rows = ffn_unit(), torch.randn(num_rows, HIDDEN, dtype=torch.bfloat16)
     begun, ended, local = [], [], []
-    requester.begin_step({1: 0}, num_rows)
+    requester.begin_step(num_rows)
     with torch.inference_mode():
         for _ in range(count):
             time.sleep(0.0005)  # attention and the like, between two units

@@ -45,7 +45,7 @@ from sidp_sgl.sglang_hooks.status.metrics import Metrics
 from sidp_sgl.sglang_hooks.status.server_info import ServerInfo, follower_hook
 from sidp_sgl.sglang_hooks.status.updates import UpdateHooks
 from sidp_sgl.sglang_hooks.step.rank_steps import FollowerSteps, RankSteps
-from sidp_sgl.sglang_hooks.step.shared_leases import SharedLeases
+from sidp_sgl.sglang_hooks.step.shared_mode import SharedMode
 from sidp_sgl.weightpool.cas.endpoint import CasEndpoint, no_counters
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit
@@ -157,12 +157,12 @@ class Rank:
         self.hooks = SchedulerHooks(rank_reports, self.pool, self.waiting, self._steps(), metrics)
 
     def _steps(self) -> RankSteps | FollowerSteps:
-        leases = SharedLeases(self.dp_size)
+        shared = SharedMode()
         if self.control is None:
-            return FollowerSteps(self.pool, self.execution, leases.receive)
+            return FollowerSteps(self.pool, self.execution, shared.receive)
         steps = RankSteps(self.control, self.pool, self.execution, lambda: self.waiting.received)
         if self.member.tp_size > 1:
-            steps.share = leases.send
+            steps.share = shared.send
         return steps
 
     def start(self) -> None:

@@ -48,16 +48,12 @@ def _correct(rank: Rank, gpu: Gpu) -> dict[str, Any]:
     requester = endpoint.requester
     endpoint.service.start()
     rank.barrier()
-    offsets = {
-        owner: 64 * ((rank.number - owner - 1) % rank.num_ranks)
-        for owner in range(rank.num_ranks)
-        if owner != rank.number
-    }
+    owners = [owner for owner in range(rank.num_ranks) if owner != rank.number]
     wrong, seconds = 0, 0.0
     for step in range(_STEPS):
         num_rows = 1 + step % 9
-        requester.begin_step(offsets, num_rows)
-        for owner in offsets:
+        requester.begin_step(num_rows)
+        for owner in owners:
             rows = _whole_numbers(gpu, 10 * step + rank.number, num_rows)
             gpu.synchronize()
             started = time.perf_counter()
@@ -65,7 +61,7 @@ def _correct(rank: Rank, gpu: Gpu) -> dict[str, Any]:
             seconds += time.perf_counter() - started
             wrong += result is None or not torch.equal(result, rows @ weights[owner])
         requester.end_step()
-    seconds /= _STEPS * len(offsets)
+    seconds /= _STEPS * len(owners)
     rank.barrier()
     counters = endpoint.counters()
     endpoint.service.close()
@@ -115,7 +111,7 @@ def _remote(gpu: Gpu, width: int, compute: Any, rows: torch.Tensor) -> tuple[flo
         CasEndpoint(end, staging, owned) for end, owned in zip(ends, ([], [unit]), strict=True)
     )
     owner.service.start()
-    requester.requester.begin_step({1: 0}, len(rows))
+    requester.requester.begin_step(len(rows))
     times, result = [], None
     for _ in range(50):
         started = time.perf_counter()

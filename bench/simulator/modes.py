@@ -2,12 +2,11 @@
 Only the messages between ranks are replaced.
 """
 
-from collections.abc import Mapping
 from typing import cast
 
 from bench.simulator.costs import StepCosts
 from sidp_sgl.scheduler.modes.lease_client import LeaseClient
-from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
+from sidp_sgl.scheduler.modes.policy import WAS, ModePolicy
 from sidp_sgl.scheduler.modes.service_share import SERVICE_LIMIT, ServiceShare, decline_reason
 from sidp_sgl.scheduler.modes.step_modes import StepModes
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
@@ -62,8 +61,8 @@ class _Answers:
         self._service = service
         self._rank = rank
 
-    def acquire(self, rows: int, seconds: float) -> Mapping[int, int] | None:
-        return None if self._service.declines(self._rank, self.now) else {}
+    def acquire(self, rows: int, seconds: float) -> bool:
+        return not self._service.declines(self._rank, self.now)
 
     def ask(self, rows: int) -> None:
         pass
@@ -99,7 +98,7 @@ class RankModes:
     def decode_seconds(self, now: float, batch: int, kv_tokens: int) -> tuple[str, float]:
         """Mode and duration of the decode step that begins `now`."""
         self._answers.now = now
-        mode = WAS if self._modes.begin_decode(batch, can_call=True) is None else CAS
+        mode = self._modes.begin_decode(batch, can_call=True)
         compute = self._costs.decode(batch, kv_tokens)
         self._begun = mode, batch, compute
         if mode == WAS:

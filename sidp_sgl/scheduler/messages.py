@@ -46,12 +46,11 @@ class LeaseRequest(_Message, frozen=True):
 
 
 class LeaseGrant(_Message, frozen=True):
-    """To a requester: the owner serves this step, in these rows."""
+    """To a requester: the owner serves this step."""
 
     owner: Count
     rank: Count
     step: Count
-    offset: Count  # first leased row of the owner's staging area
     rows: Count
 
 

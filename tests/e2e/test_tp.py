@@ -160,6 +160,33 @@ async def generate(
     return token_ids
 
 
+def generate_while_stopped(started: sglang.Engine, victim: tuple[int, int]) -> list[int]:
+    """`victim`, a DP and a TP rank, is stopped for a while when 50 tokens are there."""
+    process = members(os.getpid())[victim]
+
+    def stop() -> None:
+        process.suspend()
+        started.loop.call_later(STOP_SECONDS, process.resume)
+
+    try:
+        return started.loop.run_until_complete(
+            asyncio.wait_for(generate(started, at=50, event=stop), 120.0)
+        )
+    finally:
+        process.resume()
+
+
+def test_a_stopped_follower_makes_its_rank_wait_and_changes_no_token(running: Running) -> None:
+    """TP rank 0 and the others wait for it in their sums."""
+    if running.case != AUTO:
+        pytest.skip("one engine is enough")
+    started = running.engine
+    expected = started.loop.run_until_complete(generate(started))
+    begun = time.monotonic()
+    assert generate_while_stopped(started, (REQUESTER, 1)) == expected
+    assert time.monotonic() - begun > STOP_SECONDS
+
+
 def test_a_silent_member_of_an_owner_changes_no_token(running: Running) -> None:
     """Its TP rank's requester computes by itself, the other one goes on sending."""
     if running.case != AUTO:
@@ -167,18 +194,7 @@ def test_a_silent_member_of_an_owner_changes_no_token(running: Running) -> None:
     started = running.engine
     expected = started.loop.run_until_complete(generate(started))
     before = statuses(started)
-    victim = members(os.getpid())[OWNER, 1]
-
-    def stop() -> None:
-        victim.suspend()
-        started.loop.call_later(STOP_SECONDS, victim.resume)
-
-    try:
-        got = started.loop.run_until_complete(
-            asyncio.wait_for(generate(started, at=50, event=stop), 120.0)
-        )
-    finally:
-        victim.resume()
+    got = generate_while_stopped(started, (OWNER, 1))
     assert got == expected and len(got) == NUM_TOKENS
     after = statuses(started)
     fallbacks = [

@@ -17,7 +17,7 @@ from sidp_sgl.planner.weights import Split, layer_weights
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
 from sidp_sgl.scheduler.member import Member
 from sidp_sgl.weightpool.cas.endpoint import CasEndpoint
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, make_staging
+from sidp_sgl.weightpool.cas.staging import make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
 from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.placement import Placement
@@ -137,12 +137,6 @@ class SentRows:
         for peer, theirs in exchange(meeting, offer, num_ranks, MEETING_SECONDS).items():
             mailbox.connect(peer, theirs.file_descriptors)
         self._endpoint.service.start()
-        # Every requester has rows of its own at every owner.
-        self._offsets = {
-            owner: ROWS_PER_RANK * (rank - (rank > owner))
-            for owner in range(num_ranks)
-            if owner != rank
-        }
 
     def run(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] → the same; computed here where the layer is this rank's."""
@@ -150,7 +144,7 @@ class SentRows:
         if self._placement.owns(self._rank, layer):
             return unit.partial(rows)
         requester = self._endpoint.requester
-        requester.begin_step(self._offsets, len(rows))
+        requester.begin_step(len(rows))
         result = requester.call(owners, unit, [rows])
         requester.end_step()
         if result is None:

@@ -1,7 +1,7 @@
 """The scheduler's end of the leases: asks the owners, and waits a few milliseconds."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from sidp_sgl.scheduler import bus
 from sidp_sgl.scheduler.messages import LeaseDecline, LeaseGrant
@@ -28,9 +28,9 @@ class LeaseClient:
         for owner, request in self.negotiation.begin(rows):
             self.outbox.send(owner, request)
 
-    def acquire(self, rows: int, seconds: float) -> Mapping[int, int] | None:
-        """Owner → first row of a lease of at least `rows` rows; None after a decline, or where
-        an owner was silent for `seconds`."""
+    def acquire(self, rows: int, seconds: float) -> bool:
+        """Whether all owners lease at least `rows` rows: not after a decline, or where one was
+        silent for `seconds`."""
         started = time.monotonic()
         if self.negotiation.rows < rows:
             self.ask(rows)
@@ -44,9 +44,9 @@ class LeaseClient:
                 self._take(message)
         self.wait_seconds += time.monotonic() - started
         if self.negotiation.is_granted:
-            return self.negotiation.offsets
+            return True
         self.release()
-        return None
+        return False
 
     def release(self) -> None:
         """Forget what is leased or asked for."""

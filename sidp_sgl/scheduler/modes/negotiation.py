@@ -26,7 +26,7 @@ class Negotiation:
         """End the current negotiation, used or not; the rows must not be used any more."""
         self._is_current = False
         self._rows = 0
-        self._offsets: dict[int, int] = {}  # of the owners that granted
+        self._granters: set[int] = set()
         self._decliners: set[int] = set()
 
     def begin(self, rows: int) -> list[tuple[int, LeaseRequest]]:
@@ -44,12 +44,12 @@ class Negotiation:
 
     def on_message(self, message: LeaseGrant | LeaseDecline) -> None:
         """Take an owner's answer."""
-        owner, has_answered = message.owner, {*self._offsets, *self._decliners}
+        owner, has_answered = message.owner, self._granters | self._decliners
         is_current = self._is_current and (message.rank, message.step) == (self._rank, self._step)
         if not is_current or owner not in self.owners or owner in has_answered:
             self.stale += 1
         elif isinstance(message, LeaseGrant) and message.rows >= self._rows:
-            self._offsets[owner] = message.offset
+            self._granters.add(owner)
             self._count_if_granted()
         else:
             self.declined += not self._decliners
@@ -65,14 +65,9 @@ class Negotiation:
 
     @property
     def is_granted(self) -> bool:
-        return self._is_current and len(self._offsets) == len(self.owners)
+        return self._is_current and len(self._granters) == len(self.owners)
 
     @property
     def rows(self) -> int:
         """Rows asked for; 0 where nothing is current."""
         return self._rows
-
-    @property
-    def offsets(self) -> dict[int, int]:
-        """Owner → first leased row; empty unless all have granted."""
-        return dict(self._offsets) if self.is_granted else {}

@@ -3,8 +3,6 @@
 Between steps only; a step that has begun in CaS may still fall back by itself.
 """
 
-from collections.abc import Mapping
-
 from sidp_sgl.scheduler.modes.lease_client import LeaseClient
 from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.times import StepTimes
@@ -63,8 +61,8 @@ class StepModes:
         step = max(self.times.fetch_seconds, self.times.step_seconds(WAS, batch_size))
         return min(max(_PATIENCE_SHARE * step, low), high)
 
-    def begin_decode(self, batch_size: int, *, can_call: bool) -> Mapping[int, int] | None:
-        """Leases (owner → first row) for a CaS step of `batch_size` rows; None for a WaS step."""
+    def begin_decode(self, batch_size: int, *, can_call: bool) -> str:
+        """The mode of a decode step; rows for a CaS step are leased."""
         if self.times is not None and self._given_threshold is None:
             if self._decided % _RECALCULATE_STEPS == 0:
                 self._threshold = self.times.threshold(self._max_rows)
@@ -73,10 +71,10 @@ class StepModes:
         if threshold is not None and threshold > self._max_rows:
             threshold = 2 * self._max_rows  # out of reach: no hysteresis below it
         if self.policy.decide(batch_size, threshold) != CAS or not can_call:
-            return None
+            return WAS
         if batch_size > self._max_rows:
-            return None
-        return self.leases.acquire(batch_size, self._patience(batch_size))
+            return WAS
+        return CAS if self.leases.acquire(batch_size, self._patience(batch_size)) else WAS
 
     def end_decode(self, batch_size: int, mode: str, *, can_call: bool = True) -> None:
         """Count the step, and ask for the next one's leases while the scheduler does its part."""

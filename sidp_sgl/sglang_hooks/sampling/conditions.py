@@ -2,10 +2,10 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
 from sidp_sgl.config import SEQUENCE_PARALLEL
@@ -32,9 +32,13 @@ RULES = [
          "--sampling-backend", "it may need the whole batch"),
 ]  # fmt: skip
 
+# Their forward pass goes on with the logits, at token ids of the whole vocabulary.
+EDITING_MODELS = {"Gemma4UnifiedForConditionalGeneration"}
 
-def obstacle(cfg: Any) -> str | None:
-    """What keeps TP ranks from sharing the sampling, with its remedy; `cfg`: SGLang's arguments."""
+
+def obstacle(cfg: Any, models: Callable[[], Iterable[str]] = lambda: ()) -> str | None:
+    """What keeps TP ranks from sharing the sampling, with its remedy; `cfg`: SGLang's arguments,
+    `models()`: the architectures of its model."""
     if cfg.tp_size < 2:
         return (
             f"needs --tp-size 2 or more, got {cfg.tp_size}: a single rank has nobody to share the "
@@ -51,6 +55,8 @@ def obstacle(cfg: Any) -> str | None:
             "has not been verified on --device cuda yet: drop it, or set "
             f"{UNVERIFIED}=1 to try it all the same"
         )
+    if edits := EDITING_MODELS.intersection(models()):
+        return f"does not work with {min(edits)}: it edits whole rows of logits; drop it"
     return None
 
 
@@ -59,7 +65,7 @@ def _decide(server_args: Any, previous: Callable[[Any], None]) -> None:
     asked = arguments.sampling_of(server_args)
     if asked is not None:
         cfg = resolving_view(server_args)
-        reason = obstacle(cfg)
+        reason = obstacle(cfg, lambda: model_config_of(server_args).hf_config.architectures or ())
         if reason is not None and asked == SEQUENCE_PARALLEL:
             error = SidpUsageError(f"--sidp-sampling {asked} {reason}")
             if arguments.is_command_line(server_args):

@@ -183,12 +183,9 @@ class SequenceParallelSampling:
         return ids
 
     def sync_token_ids(self, original: Any, sampler: Any, ids: torch.Tensor, info: Any) -> None:
-        """Where every rank has sampled all rows, each with random numbers of its own."""
-        if self._is_split:
-            return
-        if info.is_all_greedy or info.sampling_seed is not None:
-            original(sampler, ids, info)
-        else:
+        """Where every rank has sampled all rows, each with random numbers of its own: a custom
+        logit processor may draw some even in a greedy step."""
+        if not self._is_split:
             exchange.share_first_rank_s(ids, get_parallel().tp_group.device_group)
 
     # Status

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.messages import RankState
-from sidp_sgl.scheduler.modes.policy import CAS, WAS
+from sidp_sgl.scheduler.modes.policy import WAS
 from sidp_sgl.sglang_hooks.step.calibration import calibrate
-from sidp_sgl.sglang_hooks.step.shared_leases import Leases
 from sidp_sgl.weightpool.cas.requester import Requester
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 from sidp_sgl.weightpool.execution import UnitExecution
@@ -38,7 +37,7 @@ class RankSteps:
         execution: UnitExecution,
         received: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.share: Callable[[Leases], None] = lambda leases: None  # with the other TP ranks
+        self.share: Callable[[str], None] = lambda mode: None  # with the other TP ranks
         self._received = received
         self._control = control
         self._modes = control.modes
@@ -61,12 +60,11 @@ class RankSteps:
             return original(scheduler, batch, *args, **kw)
         batch_size, remote = batch.batch_size(), self._execution.requester
         can_call = remote is not None and remote.is_available()
-        leases = self._modes.begin_decode(batch_size, can_call=can_call)
+        mode = self._modes.begin_decode(batch_size, can_call=can_call)
         if remote is not None:
-            self.share(leases)
-        mode = WAS if leases is None else CAS
+            self.share(mode)
         self._last = _Begun(now, mode, batch_size, self._stall_seconds())
-        with _decode_step(remote, leases, batch_size):
+        with _decode_step(remote, mode, batch_size):
             result = original(scheduler, batch, *args, **kw)
         can_call = remote is not None and remote.is_available()  # not after a silence
         self._modes.end_decode(batch_size, mode, can_call=can_call)
@@ -104,10 +102,10 @@ class RankSteps:
 
 
 class FollowerSteps:
-    """`receive()`: what TP rank 0 shares of a decode step."""
+    """`receive()`: the mode of a decode step, which TP rank 0 shares."""
 
     def __init__(
-        self, pool: WeightPool, execution: UnitExecution, receive: Callable[[], Leases]
+        self, pool: WeightPool, execution: UnitExecution, receive: Callable[[], str]
     ) -> None:
         self._pool = pool
         self._execution = execution
@@ -119,10 +117,10 @@ class FollowerSteps:
             calibrate(scheduler, self._pool, self._execution, ROWS_PER_RANK)
 
     def run_batch(self, original: Any, scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
-        remote, leases = self._execution.requester, None
+        remote, mode = self._execution.requester, WAS
         if remote is not None and batch.forward_mode.is_decode():
-            leases = self._receive()
-        with _decode_step(remote, leases, batch.batch_size()):
+            mode = self._receive()
+        with _decode_step(remote, mode, batch.batch_size()):
             return original(scheduler, batch, *args, **kw)
 
     def publish(self, scheduler: Any) -> None:
@@ -130,12 +128,12 @@ class FollowerSteps:
 
 
 @contextmanager
-def _decode_step(requester: Requester | None, leases: Leases, batch_size: int) -> Iterator[None]:
-    """Around a forward pass; with leases a CaS step."""
-    if requester is None or leases is None:
+def _decode_step(requester: Requester | None, mode: str, batch_size: int) -> Iterator[None]:
+    """Around a forward pass."""
+    if requester is None or mode == WAS:
         yield
         return
-    requester.begin_step(leases, batch_size)
+    requester.begin_step(batch_size)
     try:
         yield
     finally:

@@ -85,7 +85,7 @@ class Mailbox(ABC):
     results: torch.Tensor  # [bytes] uint8: what owners have computed for this rank
 
     def __init__(self, rank: int, num_ranks: int) -> None:
-        self._rank = rank
+        self.rank = rank
         self._own = SharedFlags(SharedFlags.create(num_ranks))
         self._peers: dict[int, SharedFlags] = {}
         self._results: dict[int, torch.Tensor] = {}
@@ -123,7 +123,7 @@ class Mailbox(ABC):
 
     def send(self, owner: int, unit: int, offset: int, rows: int, result_offset: int = 0) -> None:
         """Tell `owner` of a payload that lies in its inbox."""
-        peer, first = self._peers[owner], FLAGS * self._rank
+        peer, first = self._peers[owner], FLAGS * self.rank
         self._sent[owner] += 1
         peer.values[first + UNIT] = unit
         peer.values[first + OFFSET] = offset
@@ -158,7 +158,7 @@ class Mailbox(ABC):
     def _rows_have_left(self, owner: int, number: int) -> bool:
         """Whether a call's rows lie in the owner's inbox. What this rank's own GPU had to do before
         is not the owner's silence, and after a silence no rows may arrive in a lease given back."""
-        return self._peers[owner].values[FLAGS * self._rank + NUMBER] == number
+        return self._peers[owner].values[FLAGS * self.rank + NUMBER] == number
 
     # As owner.
 
@@ -209,7 +209,7 @@ class Mailbox(ABC):
 
     def answer(self, call: Call, outcome: Outcome) -> None:
         """Tell the requester that its results are there, or that there are none."""
-        peer, first = self._peers[call.requester], FLAGS * self._rank
+        peer, first = self._peers[call.requester], FLAGS * self.rank
         peer.values[first + OUTCOME] = outcome.value
         peer.values[first + ANSWERING] = call.number
         self._tell(call.requester, first + ANSWERED, call.number)

@@ -5,13 +5,13 @@ until the late answer has come: until then its result may still be written.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from sidp_sgl.weightpool.cas.mailbox import Mailbox, Outcome
-from sidp_sgl.weightpool.cas.staging import Staging
+from sidp_sgl.weightpool.cas.staging import Staging, first_row
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowsViews
 
 PATIENCE_SECONDS = 1.0  # an owner answers within milliseconds unless it was stopped
@@ -41,14 +41,10 @@ class Requester:
         self._results = RowsViews(mailbox.results)
         self._patience = patience
         self.is_in_step = False  # a CaS step, also where its units are computed here after all
-        self._offsets: Mapping[int, int] | None = None  # owner → first leased row, while active
+        # Whether units of other ranks' blocks are called from here on in this step.
+        self.is_active = False
         self.step_rows = 0  # of the latest CaS step
         self._unanswered: set[int] = set()  # owners whose answers are still to come
-
-    @property
-    def is_active(self) -> bool:
-        """Whether units of other ranks' blocks are called from here on in this step."""
-        return self._offsets is not None
 
     def is_available(self) -> bool:
         """False while the answer to a call that was given up is still to come."""
@@ -57,18 +53,16 @@ class Requester:
                 self._unanswered.remove(owner)
         return not self._unanswered
 
-    def begin_step(self, offsets: Mapping[int, int], rows: int) -> None:
-        """This step's calls use `rows` rows from `offsets` (owner → row) of the inboxes. It may be
-        a CaS step for other TP ranks while an answer to this one is still to come: then its units
-        are computed here."""
-        self.is_in_step = True
-        self._offsets, self.step_rows = offsets, rows
+    def begin_step(self, rows: int) -> None:
+        """A CaS step of `rows` rows, which all owners lease. It may be one for other TP ranks while
+        an answer to this one is still to come: then its units are computed here."""
+        self.is_in_step = self.is_active = True
+        self.step_rows = rows
         if not self.is_available():
             self._fall_back()
 
     def end_step(self) -> None:
-        self.is_in_step = False
-        self._offsets = None
+        self.is_in_step = self.is_active = False
 
     def call(
         self,
@@ -110,11 +104,11 @@ class Requester:
     def _send(
         self, owner: int, unit: PooledUnit, payload: Sequence[torch.Tensor], result_offset: int
     ) -> None:
-        assert self._offsets is not None
         inbox = self._inboxes.get(owner)
         if inbox is None:
             inbox = self._inboxes[owner] = RowsViews(self._mailbox.inbox_of(owner))
-        offset, num_rows = self._offsets[owner] * self.staging.row_bytes, len(payload[0])
+        offset = first_row(owner, self._mailbox.rank) * self.staging.row_bytes
+        num_rows = len(payload[0])
         for target, rows in zip(inbox.payload(unit, offset, num_rows), payload, strict=True):
             target.copy_(rows)
         self._mailbox.send(owner, unit.number, offset, num_rows, result_offset)
@@ -124,4 +118,4 @@ class Requester:
 
     def _fall_back(self) -> None:
         self.counters.fallbacks += 1
-        self._offsets = None
+        self.is_active = False

@@ -40,6 +40,11 @@ def capacity_rows(num_ranks: int) -> int:
     return (num_ranks - 1) * ROWS_PER_RANK
 
 
+def first_row(owner: int, requester: int) -> int:
+    """Of `requester`'s own rows in the inbox of `owner`: one rank's lie behind the other's."""
+    return (requester - (requester > owner)) * ROWS_PER_RANK
+
+
 def make_staging(
     row_bytes: Iterable[tuple[int, int]], num_ranks: int, num_stripes: int = 1
 ) -> Staging:

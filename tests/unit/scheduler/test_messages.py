@@ -23,7 +23,7 @@ counts = st.integers(0, 2**64 - 1)
 messages = st.one_of(
     st.builds(RankState, *[counts] * 7),
     st.builds(LeaseRequest, counts, counts, counts),
-    st.builds(LeaseGrant, counts, counts, counts, counts, counts),
+    st.builds(LeaseGrant, counts, counts, counts, counts),
     st.builds(LeaseDecline, counts, counts, counts, st.text(max_size=20)),
     st.builds(Recall, counts),
     st.builds(DispatchUpdate, counts, counts, counts),
@@ -36,7 +36,7 @@ values = st.recursive(
 EXAMPLES: list[Message] = [
     RankState(0, 1, 2, 3, 4, 5, 6),
     LeaseRequest(rank=1, step=2, rows=3),
-    LeaseGrant(owner=0, rank=1, step=2, offset=4, rows=3),
+    LeaseGrant(owner=0, rank=1, step=2, rows=3),
     LeaseDecline(owner=0, rank=1, step=2, reason="busy"),
     Recall(3),
     DispatchUpdate(queued=1, sent=2, moved=3),

@@ -31,11 +31,6 @@ def owner_units(num_layers: int) -> list[PooledUnit]:
     return [make_unit(n, n, True, lambda n=n: weight(n)) for n in range(num_layers)]
 
 
-def leases(group: Group, rank: int) -> dict[int, int]:
-    others = [owner for owner in range(group.num_ranks) if owner != rank]
-    return {owner: 64 * ((rank - owner - 1) % group.num_ranks) for owner in others}
-
-
 class ModesAtRandom:
     """A rank's script: steps in random modes, some of which lose an owner in the middle."""
 
@@ -56,7 +51,7 @@ class ModesAtRandom:
             is_cas = random_.random() < 0.5
             fails_at = random_.choice([None, None, random_.randrange(len(units))])
             if is_cas:
-                self.remote.begin_step(leases(self.group, self.rank), num_rows)
+                self.remote.begin_step(num_rows)
             for unit in units:
                 if unit.block == fails_at and self.remote.is_active:
                     self.remote._fall_back()  # as after a silence
@@ -109,7 +104,7 @@ def test_slots_stay_as_they_are_through_cas_steps() -> None:
                 counters = rank.pool.prefetcher.counters
                 fetches, sent = counters.fetches, groups[0].requester.counters.rows_sent
                 if is_cas:
-                    groups[0].requester.begin_step(leases(group, 0), 2)
+                    groups[0].requester.begin_step(2)
                 for unit in units:
                     execution.run(unit, rows)
                 groups[0].requester.end_step()
@@ -145,7 +140,7 @@ def test_several_units_of_a_layer_share_its_slot() -> None:
             for _ in range(40):
                 remote = groups[rank.pool.rank].requester
                 if random_.random() < 0.5:
-                    remote.begin_step(leases(group, rank.pool.rank), 3)
+                    remote.begin_step(3)
                 fails_at = random_.randrange(2 * len(units))
                 for n, unit in enumerate(units):
                     if n == fails_at and remote.is_active:

@@ -1,6 +1,6 @@
 """The mode of every step: what the policy wants, what the owners grant, and what is sent for it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,7 +11,6 @@ from sidp_sgl.scheduler.modes.times import StepTimes
 from tests.support.control import AMPLE_SECONDS, Rank, ranks_in, wait_until
 
 MAX_ROWS = 64
-OFFSETS = {1: 0}
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +32,7 @@ def step_modes_of(rank: Rank, mode: str, threshold: int | None = None) -> StepMo
 
 def decode(modes: StepModes, batch_size: int, *, can_call: bool = True) -> str:
     """One decode step; the mode that it ran in."""
-    leases = modes.begin_decode(batch_size, can_call=can_call)
-    assert leases is None or leases == OFFSETS
-    mode = WAS if leases is None else CAS
+    mode = modes.begin_decode(batch_size, can_call=can_call)
     modes.end_decode(batch_size, mode)
     return mode
 
@@ -91,17 +88,17 @@ def test_after_a_decline_the_step_streams_weights_and_the_next_one_asks_again(
 
 def test_what_was_asked_ahead_is_used_by_the_next_step(ranks: list[Rank]) -> None:
     modes = step_modes_of(ranks[0], "cas")
-    assert modes.begin_decode(3, can_call=True) == OFFSETS
+    assert modes.begin_decode(3, can_call=True) == CAS
     assert [request.rows for _, request in ranks[0].requests] == [3]
     modes.end_decode(3, CAS)
     assert [request.rows for _, request in ranks[0].requests] == [3, 8], "room to grow a little"
     for batch_size in (8, 5):
-        assert modes.begin_decode(batch_size, can_call=True) == OFFSETS
+        assert modes.begin_decode(batch_size, can_call=True) == CAS
         assert len(ranks[0].requests) == 2
     modes.end_prefill()
-    assert modes.begin_decode(8, can_call=True) == OFFSETS, "a prefill between changes nothing"
+    assert modes.begin_decode(8, can_call=True) == CAS, "a prefill between changes nothing"
     assert len(ranks[0].requests) == 2
-    assert modes.begin_decode(9, can_call=True) == OFFSETS
+    assert modes.begin_decode(9, can_call=True) == CAS
     assert [request.rows for _, request in ranks[0].requests] == [3, 8, 9], "a larger batch"
     modes.end_decode(MAX_ROWS - 1, CAS)
     assert ranks[0].requests[-1][1].rows == MAX_ROWS, "never more than may be asked for"
@@ -154,9 +151,9 @@ class StubbornOwners:
     def __init__(self) -> None:
         self.patience = 0.0
 
-    def acquire(self, rows: int, seconds: float) -> Mapping[int, int] | None:
+    def acquire(self, rows: int, seconds: float) -> bool:
         self.patience = seconds
-        return None
+        return False
 
     def ask(self, rows: int) -> None:
         pass
@@ -185,10 +182,10 @@ def test_answers_are_waited_for_a_part_of_a_was_step(
 
 def test_nothing_is_asked_for_while_an_answer_is_still_to_come(ranks: list[Rank]) -> None:
     modes = step_modes_of(ranks[0], "cas")
-    assert modes.begin_decode(3, can_call=True) == OFFSETS
+    assert modes.begin_decode(3, can_call=True) == CAS
     modes.end_decode(3, CAS, can_call=False)  # the owner fell silent in the middle of the step
     for _ in range(3):
-        assert modes.begin_decode(3, can_call=False) is None
+        assert modes.begin_decode(3, can_call=False) == WAS
         modes.end_decode(3, WAS, can_call=False)
     assert len(ranks[0].requests) == 1
     assert modes.leases.negotiation.rows == 0

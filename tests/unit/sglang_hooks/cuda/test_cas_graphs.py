@@ -69,13 +69,13 @@ class Engine:
     def _forward(self, size: int) -> Any:
         return lambda: model(self.execution.run, self.units, self.inputs[:size])
 
-    def step(self, rows: torch.Tensor, leases: dict[int, int] | None) -> torch.Tensor:
-        if leases is None:
+    def step(self, rows: torch.Tensor, *, is_cas: bool) -> torch.Tensor:
+        if not is_cas:
             return model(self.execution.run, self.units, rows)
         assert self.remote is not None
         size = next(size for size in SIZES if size >= len(rows))
         self.inputs[: len(rows)] = rows
-        self.remote.begin_step(leases, len(rows))
+        self.remote.begin_step(len(rows))
         output = self.hooks._replay(None, Backend(), ShapeKey(size))
         self.remote.end_step()
         assert not output[len(rows) :].isnan().any(), "rows that fill the batch are numbers"
@@ -88,11 +88,6 @@ class ShapeKey(int):
     @property
     def size(self) -> int:
         return int(self)
-
-
-def leases(group: Group, rank: int) -> dict[int, int]:
-    others = [owner for owner in range(group.num_ranks) if owner != rank]
-    return {owner: 64 * ((rank - owner - 1) % group.num_ranks) for owner in others}
 
 
 @pytest.mark.parametrize("num_ranks,num_layers,num_slots", [(2, 7, None), (3, 8, 1)])
@@ -126,7 +121,7 @@ def test_results_are_right_whatever_the_modes(
                 rows = torch.randn(dice.choice([1, 3, 4, 50, 64]), WIDTH)
                 is_cas = dice.random() < 0.6
                 replays[number] += is_cas
-                output = engine.step(rows, leases(group, number) if is_cas else None)
+                output = engine.step(rows, is_cas=is_cas)
                 if not torch.allclose(output, expected(num_layers, rows), atol=1e-4):
                     wrong.append((number, step))
 
@@ -150,7 +145,7 @@ def test_own_layers_are_in_the_graphs_and_others_between_them() -> None:
             engine = Engine(group, rank, groups[0].requester)
             seen["fetches"] = rank.pool.prefetcher.counters.fetches
             seen["graphs"] = engine.hooks._cas._graphs
-            engine.step(torch.randn(3, WIDTH), leases(group, 0))
+            engine.step(torch.randn(3, WIDTH), is_cas=True)
             seen["counters"] = groups[0].counters()
 
         before = make_slots(group)

@@ -1,18 +1,20 @@
 """What `auto` comes to, and what is refused where sequence-parallel sampling is asked for: in one
 line, before anything is started."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt import models
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import ServerArgs
 
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.cuda.refusals import UNVERIFIED
-from sidp_sgl.sglang_hooks.sampling.conditions import RULES, obstacle
+from sidp_sgl.sglang_hooks.sampling.conditions import EDITING_MODELS, RULES, obstacle
 from tests.support.checkpoints import write_checkpoint
 
 DEFAULTS = {
@@ -54,6 +56,22 @@ def test_every_rule_has_a_case_and_a_field_of_sglang_s() -> None:
     fields = {rule.field for rule in RULES}
     assert fields <= {name for changes, _ in BAD for name in changes}
     assert fields <= set(ServerArgs.__struct_fields__)
+
+
+def test_models_that_edit_logits_get_whole_rows() -> None:
+    reason = obstacle(SimpleNamespace(**DEFAULTS), lambda: ["Other", *EDITING_MODELS])
+    assert reason is not None and min(EDITING_MODELS) in reason and "drop it" in reason
+    assert obstacle(SimpleNamespace(**DEFAULTS), lambda: ["LlamaForCausalLM"]) is None
+
+
+def test_these_are_all_models_of_sglang_s_that_edit_logits() -> None:
+    """The others that name them are drafts, or stand for SGLang's logits processor."""
+    files = {
+        file.stem
+        for file in Path(models.__path__[0]).glob("*.py")
+        if re.search(r"\w\.next_token_logits", file.read_text())
+    }
+    assert files == {"gemma4_unified"}
 
 
 class StartedError(Exception):

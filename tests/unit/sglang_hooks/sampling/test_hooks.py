@@ -67,18 +67,20 @@ def make_logits(num_rows: int) -> torch.Tensor:
     return torch.randn(num_rows, VOCAB, generator=generator).bfloat16()
 
 
-def sample_together(logits: torch.Tensor, make: Any) -> list[tuple]:
+def sample_together(logits: torch.Tensor, make: Any, size: int = SIZE) -> list[tuple]:
     """(ids, output, sampling, sampler) of every rank."""
 
     def rank(group: torch.distributed.ProcessGroup) -> tuple:
         number = group.rank()
         _here.parallel = SimpleNamespace(
-            tp_rank=number, tp_size=SIZE, tp_group=SimpleNamespace(device_group=group)
+            tp_rank=number, tp_size=size, tp_group=SimpleNamespace(device_group=group)
         )
         sampling = SequenceParallelSampling()
         runner = make_runner(sampling.sync_token_ids)
-        padded = torch.nn.functional.pad(logits, (0, WIDTH * SIZE - VOCAB), value=torch.inf)
-        leave_shard(sampling, padded[:, number * WIDTH : (number + 1) * WIDTH])
+        padded = torch.nn.functional.pad(logits, (0, WIDTH * size - VOCAB), value=torch.inf)
+        leave_shard(
+            sampling, padded[:, number * WIDTH : (number + 1) * WIDTH], head={"tp_size": size}
+        )
         shard = padded[:, number * WIDTH : (number + 1) * WIDTH].clone()
         output = output_of(shard)
         ids = sampling.sample(sampler.sample, runner, output, make())
@@ -87,7 +89,7 @@ def sample_together(logits: torch.Tensor, make: Any) -> list[tuple]:
         ), "it may be a CUDA graph's: neither replaced nor written to"
         return ids, output, sampling, runner.sampler
 
-    return in_ranks(SIZE, rank)
+    return in_ranks(size, rank)
 
 
 def sample_alone(logits: torch.Tensor, batch: Any) -> tuple[torch.Tensor, LogitsProcessorOutput]:
@@ -162,9 +164,10 @@ EXTRAS = {
 WAYS = {"argmax": "argmax", "top": "gathered"}
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 7])
+@pytest.mark.parametrize(("num_rows", "size"), [(1, 2), (4, 2), (7, 2), (2, 3), (5, 4)])
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_greedy_rows_are_those_of_one_process(extra: str, num_rows: int) -> None:
+def test_greedy_rows_are_those_of_one_process(extra: str, num_rows: int, size: int) -> None:
+    """With three ranks and more, some have nothing but padding, and some no rows."""
     logits, bias = make_logits(num_rows), 5 * make_logits(num_rows).flip(1).float()
 
     def make() -> Any:
@@ -177,7 +180,7 @@ def test_greedy_rows_are_those_of_one_process(extra: str, num_rows: int) -> None
         return make_batch(num_rows, **{k: made.get(k, v) for k, v in EXTRAS[extra].items()})
 
     expected, reference = sample_alone(logits, make())
-    for ids, output, sampling, _ in sample_together(logits, make):
+    for ids, output, sampling, _ in sample_together(logits, make, size):
         assert torch.equal(ids, expected)
         assert sampling.steps == {
             way: int(way == WAYS.get(extra, "split")) for way in sampling.steps
@@ -208,6 +211,19 @@ def test_sampled_rows_are_the_same_on_all_ranks_and_have_their_logprobs(way: str
     torch.testing.assert_close(output.next_token_logprobs, expected.view(-1))
     if way == "split":
         assert torch.equal(output.next_token_logprobs, other_output.next_token_logprobs)
+
+
+def test_of_rows_that_every_rank_has_sampled_the_first_one_s_count() -> None:
+    """Also in greedy steps: a custom logit processor may have drawn random numbers."""
+    info = make_batch(3, greedy=True).sampling_info
+
+    def rank(group: torch.distributed.ProcessGroup) -> torch.Tensor:
+        _here.parallel = SimpleNamespace(tp_group=SimpleNamespace(device_group=group))
+        ids = torch.full((3,), group.rank())
+        SequenceParallelSampling().sync_token_ids(None, None, ids, info)
+        return ids
+
+    assert not any(ids.any() for ids in in_ranks(3, rank))
 
 
 class Observer:

@@ -1,20 +1,20 @@
 """Every step of a scheduler, on stand-ins for SGLang's: its mode, its cost, its state."""
 
-from collections.abc import Mapping
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sidp_sgl.scheduler.messages import RankState
 from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.step_modes import StepModes
 from sidp_sgl.scheduler.modes.times import StepTimes
-from sidp_sgl.sglang_hooks.step import rank_steps
+from sidp_sgl.sglang_hooks.step import rank_steps, shared_mode
 from sidp_sgl.sglang_hooks.step.rank_steps import FollowerSteps, RankSteps
-from sidp_sgl.sglang_hooks.step.shared_leases import SharedLeases
-
-LEASES = {0: 8, 2: 0}
+from sidp_sgl.sglang_hooks.step.shared_mode import SharedMode
+from tests.support.groups import in_ranks
 
 
 class Times(StepTimes):
@@ -45,7 +45,7 @@ class Rank:
         )
         self.requester = SimpleNamespace(
             is_available=lambda: self.is_available,
-            begin_step=lambda leases, rows: self.events.append(("begin", leases, rows)),
+            begin_step=lambda rows: self.events.append(("begin", rows)),
             end_step=lambda: self.events.append("end"),
         )
         execution: Any = SimpleNamespace(requester=self.requester if has_requester else None)
@@ -70,9 +70,9 @@ class Rank:
 
     # As the modes see the lease client.
 
-    def acquire(self, rows: int, seconds: float) -> Mapping[int, int] | None:
+    def acquire(self, rows: int, seconds: float) -> bool:
         self.events.append(("leases", rows))
-        return LEASES if self.grants else None
+        return self.grants
 
     def ask(self, rows: int) -> None:
         self.events.append(("ask", rows))
@@ -120,7 +120,7 @@ def test_a_prefill_streams_weights_and_asks_nobody(rank: Rank) -> None:
 
 def test_a_decode_step_with_leases_sends_its_rows(rank: Rank) -> None:
     assert rank.step(4) == (rank.batch, ("proxy",), {"last": 2})
-    assert rank.events == [("leases", 4), ("begin", LEASES, 4), "forward", "end", ("ask", 8)]
+    assert rank.events == [("leases", 4), ("begin", 4), "forward", "end", ("ask", 8)]
     assert rank.modes.steps == {WAS: 0, CAS: 1}
 
 
@@ -158,7 +158,7 @@ def test_a_step_that_raises_ends_its_calls(rank: Rank) -> None:
     )
     with pytest.raises(RuntimeError, match="out of memory"):
         rank.steps.run_batch(forward, rank.scheduler, batch)
-    assert rank.events == [("leases", 4), ("begin", LEASES, 4), "forward", "end"]
+    assert rank.events == [("leases", 4), ("begin", 4), "forward", "end"]
 
 
 def test_a_decode_step_lasts_until_the_next_one_begins(rank: Rank) -> None:
@@ -236,7 +236,7 @@ def test_tp_rank_0_shares_every_decode_step_that_may_be_cas(rank: Rank) -> None:
     rank.step(100, is_decode=False)
     rank.grants = False
     rank.step(4)
-    assert shared == [LEASES, None]
+    assert shared == [CAS, WAS]
     assert rank.events.index("forward") > 0, "before the forward pass, or it would wait there"
 
 
@@ -253,12 +253,12 @@ def test_nothing_is_shared_where_every_step_streams(monkeypatch: pytest.MonkeyPa
 
 def test_a_follower_does_what_was_decided(rank: Rank) -> None:
     rank.steps = rank.follower
-    rank.received += [None, LEASES]
+    rank.received += [WAS, CAS]
     rank.is_available = False  # not asked: the requester computes by itself, in the same mode
     assert rank.step(4) == (rank.batch, ("proxy",), {"last": 2})
     rank.step(100, is_decode=False)
     rank.step(5)
-    assert rank.events == [("begin", LEASES, 4), "forward", "end", "forward", "forward"]
+    assert rank.events == [("begin", 4), "forward", "end", "forward", "forward"]
     assert not rank.received
     rank.steps.publish(rank.scheduler)
     assert rank.modes.steps == {WAS: 0, CAS: 0}, "it counts nothing"
@@ -276,13 +276,17 @@ def test_a_follower_runs_the_same_dummy_steps(
     assert asked == ([64, 64] if has_requester else [])
 
 
-@pytest.mark.parametrize("leases", [None, {}, {0: 0}, {1: 64, 2: 0}, {0: 128, 2: 64, 3: 0}])
-def test_what_is_shared_arrives(
-    leases: dict[int, int] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    leader, follower = SharedLeases(4), SharedLeases(4)
-    monkeypatch.setattr(SharedLeases, "_broadcast", lambda _: None)
-    follower._message.fill_(7)  # of the step before
-    leader.send(leases)
-    follower._message.copy_(leader._message)
-    assert follower.receive() == leases
+def test_what_tp_rank_0_shares_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, modes = threading.local(), [CAS, WAS, CAS]
+    monkeypatch.setattr(shared_mode, "get_parallel", lambda: here.parallel)
+
+    def rank(group: torch.distributed.ProcessGroup) -> list[str]:
+        here.parallel = SimpleNamespace(tp_group=SimpleNamespace(cpu_group=group))
+        shared = SharedMode()
+        if group.rank() > 0:
+            return [shared.receive() for _ in modes]
+        for mode in modes:
+            shared.send(mode)
+        return modes
+
+    assert in_ranks(3, rank) == [modes] * 3

@@ -8,7 +8,7 @@ import torch
 
 from sidp_sgl.weightpool.cas.endpoint import CasEndpoint
 from sidp_sgl.weightpool.cas.mailbox import Call, Outcome
-from sidp_sgl.weightpool.cas.staging import make_staging
+from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, capacity_rows, first_row, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType, rows_view
 from tests.support import cas
 from tests.support.cas import (
@@ -33,19 +33,21 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-def leases(rank: int) -> dict[int, int]:
-    """Every owner's rows that `rank` uses: 64 each, one rank after the other."""
-    return {owner: 64 * ((rank - owner - 1) % 3) for owner in range(3) if owner != rank}
-
-
 def call(group: CasEndpoint, unit: PooledUnit, rows: torch.Tensor) -> torch.Tensor | None:
     return group.requester.call([OWNERS[unit.block]], unit, [rows])
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+def test_every_rank_has_rows_of_its_own_at_every_owner(num_ranks: int) -> None:
+    for owner in range(num_ranks):
+        firsts = [first_row(owner, rank) for rank in range(num_ranks) if rank != owner]
+        assert firsts == list(range(0, capacity_rows(num_ranks), ROWS_PER_RANK))
 
 
 def test_owner_computes_what_the_requester_would_have() -> None:
     with endpoints(3, UNITS, OWNERS) as groups:
         for requester, group in enumerate(groups):
-            group.requester.begin_step(leases(requester), 7)
+            group.requester.begin_step(7)
             for unit in UNITS:
                 if OWNERS[unit.block] != requester:
                     rows = make_rows(7, seed=requester)
@@ -60,7 +62,7 @@ def test_owner_computes_what_the_requester_would_have() -> None:
 
 def test_results_of_an_earlier_call_stay_as_they_are() -> None:
     with endpoints(2, UNITS[:2], [0, 1]) as groups:
-        groups[0].requester.begin_step({1: 0}, 4)
+        groups[0].requester.begin_step(4)
         first = groups[0].requester.call([1], UNITS[1], [make_rows(4, seed=1)])
         groups[0].requester.call([1], UNITS[1], [make_rows(4, seed=2)])
         assert first is not None
@@ -70,7 +72,7 @@ def test_results_of_an_earlier_call_stay_as_they_are() -> None:
 def test_calls_for_one_unit_that_are_there_together_take_one_gemm() -> None:
     with endpoints(3, UNITS, OWNERS, start=False) as groups:
         for requester, num_rows in ((1, 3), (2, 5)):
-            calls, offset = groups[requester].mailbox, leases(requester)[0]
+            calls, offset = groups[requester].mailbox, first_row(0, requester)
             row_bytes = groups[requester].requester.staging.row_bytes
             inbox = rows_view(
                 calls.inbox_of(0), offset * row_bytes, num_rows, RowType(12, torch.float32)
@@ -107,7 +109,7 @@ def test_many_ranks_at_once_get_their_own_rows() -> None:
     def run(requester: int, group: CasEndpoint) -> None:
         for step in range(100):
             num_rows = 1 + (step + requester) % 9
-            group.requester.begin_step(leases(requester), num_rows)
+            group.requester.begin_step(num_rows)
             for unit in UNITS:
                 if OWNERS[unit.block] != requester:
                     rows = make_rows(num_rows, seed=step * 3 + requester)
@@ -132,14 +134,14 @@ def test_a_silent_owner_ends_the_steps_calls_and_is_left_alone_until_it_has_answ
     with endpoints(2, UNITS[:2], [0, 1], start=False) as groups:
         remote = groups[0].requester
         remote._patience = 0.05
-        remote.begin_step({1: 0}, 2)
+        remote.begin_step(2)
         started = time.monotonic()
         assert remote.call([1], UNITS[1], [make_rows(2)]) is None
         assert 0.04 < time.monotonic() - started < 5.0
         assert not remote.is_active and remote.is_in_step
         assert not remote.is_available()
         remote.end_step()
-        remote.begin_step({1: 0}, 2)  # a CaS step for this rank's other TP ranks
+        remote.begin_step(2)  # a CaS step for this rank's other TP ranks
         assert remote.is_in_step and not remote.is_active
         remote.end_step()
         assert not remote.is_in_step
@@ -149,7 +151,7 @@ def test_a_silent_owner_ends_the_steps_calls_and_is_left_alone_until_it_has_answ
             assert time.monotonic() < deadline
             time.sleep(0.001)
         remote._patience = 10.0
-        remote.begin_step({1: 0}, 3)
+        remote.begin_step(3)
         rows = make_rows(3, seed=9)
         result = remote.call([1], UNITS[1], [rows])
         assert result is not None
@@ -164,7 +166,7 @@ def test_what_the_requesters_gpu_had_to_do_before_is_not_the_owners_silence(kind
     with endpoints(2, UNITS[:2], [0, 1]) as groups:
         remote, driver = groups[0].requester, groups[0].mailbox._driver
         remote._patience = 0.1
-        remote.begin_step({1: 0}, 2)
+        remote.begin_step(2)
         driver.enqueue(driver.current_stream(), lambda: time.sleep(0.5))  # a long prefill
         rows = make_rows(2)
         result = remote.call([1], UNITS[1], [rows])
@@ -184,7 +186,7 @@ def test_a_unit_that_fails_at_its_owner_falls_back() -> None:
     units = [UNITS[0], matmul_unit(1, get_weight)]
     with endpoints(2, units, [0, 1]) as groups:
         is_broken.set()
-        groups[0].requester.begin_step({1: 0}, 2)
+        groups[0].requester.begin_step(2)
         assert groups[0].requester.call([1], units[1], [make_rows(2)]) is None
         assert groups[0].requester.is_available() and not groups[0].requester.is_active
         assert groups[1].counters()["failed"] == 1
@@ -196,7 +198,7 @@ def test_on_a_gpu_a_call_launches_a_graph_and_more_rows_than_fit_are_computed_wi
     with endpoints(3, UNITS, OWNERS) as groups:
         sizes = (1, 2, 3, 33, 64)
         for num_rows in sizes:
-            groups[1].requester.begin_step(leases(1), num_rows)
+            groups[1].requester.begin_step(num_rows)
             rows = make_rows(num_rows, seed=num_rows)
             result = call(groups[1], UNITS[3], rows)
             assert result is not None
@@ -220,13 +222,13 @@ def test_a_descriptor_outside_the_inbox_is_answered_as_failed(
     with endpoints(2, UNITS[:2], [0, 1]) as groups:
         groups[0].mailbox.send(1, *descriptor)
         assert groups[0].mailbox.wait(1, 10.0) is Outcome.FAILED
-        groups[0].requester.begin_step({1: 0}, 1)
+        groups[0].requester.begin_step(1)
         assert groups[0].requester.call([1], UNITS[1], [make_rows(1)]) is not None
 
 
 def test_more_rows_than_were_leased_are_not_sent() -> None:
     with endpoints(2, UNITS[:2], [0, 1]) as groups:
-        groups[0].requester.begin_step({1: 0}, 2)
+        groups[0].requester.begin_step(2)
         assert groups[0].requester.call([1], UNITS[1], [make_rows(3)]) is None
         assert groups[0].counters()["rows_sent"] == 0
 
@@ -268,8 +270,7 @@ def test_the_owners_of_a_blocks_stripes_compute_a_part_each() -> None:
             owner.service.start()
         for requester in (2, 3):
             rows, scales = make_rows(5, seed=requester), torch.arange(5.0).view(5, 1)
-            first = 64 * (requester - 2)
-            ranks[requester].requester.begin_step({0: first, 1: first}, 5)
+            ranks[requester].requester.begin_step(5)
             result = ranks[requester].requester.call([0, 1], halves[0], [rows, scales])
             assert result is not None
             assert torch.equal(result, (rows * scales) @ weight(0))
@@ -288,7 +289,7 @@ def test_one_silent_owner_of_several_ends_the_steps_calls() -> None:
         ranks[0].service.start()
         requester, payload = ranks[2].requester, [make_rows(2), torch.ones(2, 1)]
         requester._patience = 0.05
-        requester.begin_step({0: 0, 1: 0}, 2)
+        requester.begin_step(2)
         assert requester.call([0, 1], halves[0], payload) is None
         assert not requester.is_active and not requester.is_available()
         ranks[1].service.start()
@@ -297,7 +298,7 @@ def test_one_silent_owner_of_several_ends_the_steps_calls() -> None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         requester._patience = 10.0
-        requester.begin_step({0: 0, 1: 0}, 2)
+        requester.begin_step(2)
         result = requester.call([0, 1], halves[0], payload)
         assert result is not None and torch.equal(result, payload[0] @ weight(0))
         for endpoint in ranks[:2]:
@@ -307,6 +308,6 @@ def test_one_silent_owner_of_several_ends_the_steps_calls() -> None:
 def test_a_payload_of_another_form_is_not_sent() -> None:
     with endpoints(2, UNITS[:2], [0, 1]) as groups:
         for wrong in (make_rows(2).double(), make_rows(2)[:, :5], make_rows(2)[None]):
-            groups[0].requester.begin_step({1: 0}, 2)
+            groups[0].requester.begin_step(2)
             assert groups[0].requester.call([1], UNITS[1], [wrong]) is None
         assert groups[0].counters()["rows_sent"] == 0
