@@ -101,6 +101,13 @@ SECTIONS = (
         figure=True,
     ),
     Section(
+        "tail_tp2",
+        "The tail of a job with tensor parallelism",
+        "The same at TP 2 on every side, two ranks.",
+        (tail.table,),
+        figure=True,
+    ),
+    Section(
         "iteration_time",
         "A decode step over the batch",
         "Two ranks; the fetches of a step take five times a step at batch 1. The paper's Fig. 11.",

@@ -19,12 +19,15 @@ from bench.record import gpus
 
 @dataclass(frozen=True)
 class Bench:
-    """`memory_gb`: what must be free; `minutes`: what it takes on two cores, or on GPUs."""
+    """`memory_gb`: what must be free; `minutes`: what it takes on two cores, or on GPUs.
+    `arguments`: of module `module`, which is bench.`name` where it is not given."""
 
     name: str
     memory_gb: float
     minutes: float
     gpus: int = 0  # at least
+    module: str = ""
+    arguments: tuple[str, ...] = ()
 
 
 BENCHES = (
@@ -34,6 +37,7 @@ BENCHES = (
     Bench("owner_share", 8, 2),
     Bench("iteration_time", 10, 20),
     Bench("tail", 20, 10),
+    Bench("tail_tp2", 20, 10, module="tail", arguments=("--tp", "2", "--dp-size", "2")),
     Bench("growth", 20, 8),
     Bench("validate_model", 8, 12),
     Bench("paper", 1, 4),
@@ -62,7 +66,7 @@ def run(bench: Bench) -> bool:
     """Whether it ended well; five times its usual time is the limit."""
     print(f"\n{bench.name}: about {bench.minutes:g} minutes", flush=True)
     begun = time.monotonic()
-    command = [sys.executable, "-m", f"bench.{bench.name}"]
+    command = [sys.executable, "-m", f"bench.{bench.module or bench.name}", *bench.arguments]
     try:
         status = subprocess.run(command, timeout=5 * 60 * bench.minutes).returncode
     except subprocess.TimeoutExpired:

@@ -39,6 +39,7 @@ class Case(NamedTuple):
     slots: int
     switch_every: int = 0
     victim: tuple[int, int] = (0, 1)  # DP and TP rank, killed at the end
+    tp_size: int = 2
 
 
 AUTO = Case(Model("qwen3", 7, True), "linear", "auto", 1, switch_every=3)
@@ -47,6 +48,10 @@ THOROUGH = [
     Case(Model("qwen3", 7, True), "linear", "was", 2),
     Case(Model("llama", 7, False), "linear", "cas", 1, victim=(0, 0)),
     Case(Model("qwen3", 8, True), "ffn", "auto", 2, switch_every=3, victim=(1, 0)),
+    Case(Model("qwen3", 8, True), "linear", "cas", 1),
+    Case(Model("llama", 8, False), "linear", "auto", 1, switch_every=3),
+    # More TP ranks than KV heads.
+    Case(Model("llama", 7, False), "ffn", "auto", 1, switch_every=3, victim=(1, 3), tp_size=4),
 ]
 
 
@@ -60,11 +65,13 @@ class Running(NamedTuple):
 @pytest.fixture(
     scope="module",
     params=[*(pytest.param(case, marks=pytest.mark.thorough) for case in THOROUGH), AUTO],
-    ids=lambda case: f"{case.model.architecture}-{case.model.num_layers}-{case.mode}",
+    ids=lambda case: (
+        f"{case.model.architecture}-{case.model.num_layers}-{case.mode}-{case.tp_size}"
+    ),
 )
 def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     case = request.param
-    plain = plain_sglang(case.model, tmp_path_factory.getbasetemp(), tp_size=2)
+    plain = plain_sglang(case.model, tmp_path_factory.getbasetemp(), tp_size=case.tp_size)
     with (
         disturbed(Disturbances(switch_every=case.switch_every)),
         traced(PYTHONWARNINGS="ignore") as traces,
@@ -74,7 +81,8 @@ def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             sidp_mode=case.mode,
             sidp_pool=case.pool,
             sidp_cache_slots=case.slots,
-            **SIZES,
+            dp_size=SIZES["dp_size"],
+            tp_size=case.tp_size,
             **SETTINGS,
         ) as started,
     ):
@@ -109,7 +117,7 @@ def check_steps(case: Case, rank: int, before: list[dict], after: list[dict]) ->
         assert cas_steps == 0
     remote_blocks = case.model.num_layers - len(new["owned_layers"]) - case.slots
     units = {"ffn": 1, "linear": 3}[case.pool]
-    for tp_rank in range(SIZES["tp_size"]):
+    for tp_rank in range(case.tp_size):
         sent, served = (
             after[dp]["members"][tp_rank]["cas"][name] - before[dp]["members"][tp_rank]["cas"][name]
             for dp, name in ((rank, "rows_sent"), (owner, "rows_served"))
@@ -119,7 +127,7 @@ def check_steps(case: Case, rank: int, before: list[dict], after: list[dict]) ->
 
 def check_members(case: Case, status: dict) -> None:
     """Each TP rank fetched its own shard, as often as the other."""
-    size = SIZES["tp_size"]
+    size = case.tp_size
     assert (status["tp_rank"], status["tp_size"]) == (0, size)
     assert [member["tp_rank"] for member in status["members"]] == list(range(size))
     block = 3 * HIDDEN * INTERMEDIATE * 2 // size
@@ -132,10 +140,11 @@ def check_members(case: Case, status: dict) -> None:
         assert member["was"]["bytes"] == member["was"]["fetches"] * block
         assert member["was"]["resyncs"] == 0
         assert member["cas"]["fallbacks"] == member["cas"]["failed"] == 0
-    first, second = status["members"]
-    assert first["was"]["fetches"] == second["was"]["fetches"]
-    for name in ("calls", "rows_sent", "rows_served", "gemms"):
-        assert first["cas"][name] == second["cas"][name]
+    first = status["members"][0]
+    for other in status["members"][1:]:
+        assert first["was"]["fetches"] == other["was"]["fetches"]
+        for name in ("calls", "rows_sent", "rows_served", "gemms"):
+            assert first["cas"][name] == other["cas"][name]
 
 
 # What happens to one process happens to its rank.
