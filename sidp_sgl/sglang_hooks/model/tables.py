@@ -78,20 +78,16 @@ class Table:
         self.modules[0].quant_method = GatheredEmbedding(views)
 
 
-class TablesError(SidpError):
-    """The model has no tables that can be pooled."""
-
-
 def find_tables(model: nn.Module, largest_block: int) -> list[Table]:
     """Embedding and head of `model`, once where they are tied, in pieces of `largest_block` bytes
-    at most. Raises TablesError."""
+    at most. Raises SidpError."""
     embeddings, heads, processors = (
         [module for module in model.modules() if isinstance(module, kind)]
         for kind in (VocabParallelEmbedding, ParallelLMHead, LogitsProcessor)
     )
     embeddings = [module for module in embeddings if module not in heads]
     if len(embeddings) != 1 or len(heads) > 1 or len(processors) != 1:
-        raise TablesError(
+        raise SidpError(
             f"--sidp-pool all: the model has {len(embeddings)} embeddings and {len(heads)} LM "
             "heads where one each is expected: use --sidp-pool linear"
         )
@@ -100,7 +96,7 @@ def find_tables(model: nn.Module, largest_block: int) -> list[Table]:
         if not isinstance(module.quant_method, UnquantizedEmbeddingMethod) or (
             getattr(module, "bias", None) is not None
         ):
-            raise TablesError(
+            raise SidpError(
                 f"--sidp-pool all: {type(module).__name__} is quantised or has a bias, which can't "
                 "be pooled: use --sidp-pool linear"
             )

@@ -16,10 +16,10 @@ from sglang.srt.layers.vocab_parallel_embedding import (
 )
 from torch import nn
 
+from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.model.tables import (
     GatheredEmbedding,
     Piece,
-    TablesError,
     find_tables,
     head_hook,
 )
@@ -140,7 +140,7 @@ def test_logits_have_the_processors_dtype(as_float: bool, dtype: torch.dtype) ->
     ],
 )
 def test_other_models_are_refused(tables: list[nn.Module], reason: str) -> None:
-    with pytest.raises(TablesError, match=f"{reason} where one each.*use --sidp-pool linear"):
+    with pytest.raises(SidpError, match=f"{reason} where one each.*use --sidp-pool linear"):
         find_tables(model(*tables), 10**9)
 
 
@@ -148,5 +148,5 @@ def test_other_models_are_refused(tables: list[nn.Module], reason: str) -> None:
 def test_a_table_that_is_no_plain_matrix_is_refused(change: dict[str, Any]) -> None:
     head = Head()
     vars(head).update(change)
-    with pytest.raises(TablesError, match="Head is quantised or has a bias"):
+    with pytest.raises(SidpError, match="Head is quantised or has a bias"):
         find_tables(model(Embedding(), head), 10**9)
