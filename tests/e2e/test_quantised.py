@@ -29,10 +29,10 @@ class Case(NamedTuple):
     architecture: str = "qwen3"
 
 
-CASES = [Case("fp8_blocks")]
+CASES = [Case("fp8_blocks", "auto", "all", "qwen3_moe")]  # all that can be pooled, in one
 THOROUGH = [
+    Case("fp8_blocks", "auto"),
     Case("fp8_blocks", "was", "linear"),
-    Case("fp8_blocks", "auto", "ffn", "qwen3_moe"),
     Case("fp8_tensors", "auto", "linear"),
     Case("w8a8_int8", "auto", "linear"),
     Case("awq", "auto", "linear"),
