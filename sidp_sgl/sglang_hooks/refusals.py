@@ -19,6 +19,7 @@ from sidp_sgl.config import SidpConfig
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.cuda.refusals import check_device
+from sidp_sgl.sglang_hooks.model.headers import check_files
 from sidp_sgl.sglang_hooks.model.slots import num_slots
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.placement import Placement
@@ -144,6 +145,8 @@ def check_model(server_args: Any, config: SidpConfig) -> None:
             f"--model-path {model} holds no *.safetensors files, which --sidp reads tensor by "
             "tensor: convert the checkpoint, or drop --sidp"
         )
+    if model.is_dir():
+        check_files(model)
     model_config = model_config_of(server_args)
     method = model_config.quantization
     if method is not None and method not in QUANTISATIONS:
