@@ -179,13 +179,6 @@ def _latent(read: "_Reader") -> Latent:
     )
 
 
-_NUM_EXPERTS = {
-    "mixtral": "num_local_experts",
-    "deepseek_v2": "n_routed_experts",
-    "deepseek_v3": "n_routed_experts",
-}
-
-
 def _with_experts(shape: ModelShape, read: "_Reader") -> ModelShape:
     kind = shape.model_type
     expert_size = read.count("intermediate_size" if kind == "mixtral" else "moe_intermediate_size")
@@ -195,7 +188,7 @@ def _with_experts(shape: ModelShape, read: "_Reader") -> ModelShape:
     method = read.config.get("topk_method", "noaux_tc" if kind == "deepseek_v3" else None)
     shape = replace(
         shape,
-        num_experts=read.count(_NUM_EXPERTS.get(kind, "num_experts")),
+        num_experts=read.count(_num_experts(shape, read.config)),
         experts_per_token=read.count("num_experts_per_tok"),
         expert_size=expert_size,
         shared_size=shared_size,
@@ -209,6 +202,13 @@ def _with_experts(shape: ModelShape, read: "_Reader") -> ModelShape:
             f"{shape.num_experts} experts: correct the config"
         )
     return shape
+
+
+def _num_experts(shape: ModelShape, config: dict[str, Any]) -> str:
+    """The field that says it; transformers 5 writes `num_local_experts` for more than Mixtral."""
+    if shape.model_type == "mixtral" or config.get("num_local_experts") is not None:
+        return "num_local_experts"
+    return "n_routed_experts" if shape.latent else "num_experts"
 
 
 def _dense_layers(shape: ModelShape, read: "_Reader") -> tuple[int, ...]:

@@ -73,7 +73,10 @@ def test_parts_equal_the_tensors_that_transformers_makes(name: str) -> None:
 def test_parts_of_other_mixtures(architecture: str) -> None:
     from tests.support.checkpoints import ARCHITECTURES, SETTINGS
 
-    values = {**config(num_hidden_layers=4, hidden_size=64), **SETTINGS[architecture]}
+    values = {
+        **config(num_hidden_layers=4, hidden_size=64, vocab_size=320),
+        **SETTINGS[architecture],
+    }
     made = ARCHITECTURES[architecture][0](**{k: v for k, v in values.items() if k != "model_type"})
     check_parts(shape_from_config({**values, "model_type": architecture}, "small"), made)
 
@@ -284,6 +287,8 @@ def test_layers_without_experts() -> None:
         mlp_only_layers=[3],
     )
     shape = shape_from_config(moe, "it")
+    written_by_transformers_5 = {"num_local_experts": moe.pop("num_experts"), **moe}
+    assert shape_from_config(written_by_transformers_5, "it") == shape
     assert [shape.is_moe(layer) for layer in range(6)] == [False, True, False, False, False, True]
     assert shape.layer_kinds() == {0: 4, 1: 2}
     parts = part_bytes(shape, Split())
