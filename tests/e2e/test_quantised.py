@@ -57,6 +57,7 @@ def pooled(
         num_layers=NUM_LAYERS,
         hidden_size=128,
         intermediate_size=256,
+        head_dim=64,  # so that keys and values fill blocks of 128
         **({"moe_intermediate_size": 128} if case.architecture == "qwen3_moe" else {}),
     )
     path = write_quantised(folder / case.method, folder / "base", case.method)
