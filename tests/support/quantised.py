@@ -19,7 +19,8 @@ Tensors = Iterator[tuple[str, torch.Tensor]]
 
 def _fp8_blocks(name: str, weight: torch.Tensor) -> Tensors:
     """A scale per block of 128 × 128; the last ones may be smaller."""
-    scales, codes = torch.zeros([-(-size // _BLOCK) for size in weight.shape]), weight.float()
+    scales = torch.zeros([-(-size // _BLOCK) for size in weight.shape])
+    codes = weight.to(torch.float32, copy=True)
     for row in range(scales.shape[0]):
         for column in range(scales.shape[1]):
             block = codes[row * _BLOCK :, column * _BLOCK :][:_BLOCK, :_BLOCK]
