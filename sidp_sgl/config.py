@@ -5,7 +5,7 @@ from typing import Any
 
 from sidp_sgl.errors import SidpUsageError
 
-POOLS = ("ffn", "linear")
+FFN, LINEAR, ALL = POOLS = ("ffn", "linear", "all")
 MODES = ("auto", "was", "cas")
 PLACEMENTS = ("interleaved", "contiguous")
 AUTO, REPLICATED, SEQUENCE_PARALLEL = SAMPLINGS = ("auto", "replicated", "sequence-parallel")
@@ -29,7 +29,10 @@ class SidpConfig:
     )
     sidp_pool: str = field(
         default="ffn",
-        metadata=_flag("What is pooled: the FFNs, or all big linears.", choices=POOLS),
+        metadata=_flag(
+            "What is pooled: the FFNs, all big linears, or embedding and LM head too.",
+            choices=POOLS,
+        ),
     )
     sidp_mode: str = field(
         default="auto",
@@ -57,7 +60,7 @@ class SidpConfig:
     sidp_cache_slots: int | None = field(
         default=None,
         metadata=_flag(
-            "Slots per rank, each for one fetched block (default: 3).",
+            "Slots per rank, each for one fetched block (default: 3; 2 where layers have experts).",
             type=int,
             metavar="N",
         ),

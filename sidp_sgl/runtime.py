@@ -35,6 +35,7 @@ from sidp_sgl.sglang_hooks.failures import engine as failures
 from sidp_sgl.sglang_hooks.failures import reports, sockets
 from sidp_sgl.sglang_hooks.model.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.model.offloader import PoolOffloader
+from sidp_sgl.sglang_hooks.model.slots import num_slots
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.sampling import conditions as sampling_conditions
 from sidp_sgl.sglang_hooks.sampling.hooks import SequenceParallelSampling
@@ -49,7 +50,7 @@ from sidp_sgl.weightpool.cas.endpoint import CasEndpoint, no_counters
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
-from sidp_sgl.weightpool.placement import DEFAULT_SLOTS, Placement
+from sidp_sgl.weightpool.placement import Placement
 from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.transport.devices import make_mailbox, make_transport
 
@@ -75,6 +76,8 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
     if role == "scheduler":
         # tqdm's own lock is a named semaphore, which may outlive a process that is killed.
         tqdm.set_lock(threading.RLock())
+        if current_platform.device_name == SidpCpuPlatform.device_name:
+            _complete_cpu_models()
         if arguments.sampling_of(server_args) == SEQUENCE_PARALLEL:
             required.apply(SequenceParallelSampling().hooks())
     if config is None:
@@ -90,6 +93,13 @@ def _on_publish(_: Any, server_args: Any, *, role: str, **__: Any) -> None:
         rank_reports = reports.RankReports(config.engine, member)
         with rank_reports.errors():
             Rank(server_args, config, member, rank_reports).start()
+
+
+def _complete_cpu_models() -> None:
+    from sidp_sgl.sglang_hooks.cpu import models, quantised  # import SGLang's models
+
+    required.apply([*models.HOOKS, *quantised.HOOKS])
+    models.register_mla()
 
 
 class Rank:
@@ -113,7 +123,7 @@ class Rank:
         self.model_config = model_config_of(server_args)
         placement = Placement(
             self.dp_size,
-            config.sidp_cache_slots or DEFAULT_SLOTS,
+            num_slots(config, self.model_config.hf_text_config),
             config.sidp_placement,
             self.model_config.num_hidden_layers,
         )
@@ -139,7 +149,7 @@ class Rank:
             self._meet_peers,
             loads_in_place=not self.model_config.quantization,
         )
-        self.reader = CheckpointReader(self.offloader.is_placeholder)
+        self.reader = CheckpointReader(self.offloader.is_placeholder, self.offloader.before_loading)
         controller = None if self.control is None else self.control.controller
         self.waiting = WaitingRequests(self.dp_rank, controller, config.engine)
         has_metrics = self.control is not None and get_observability().enable_metrics
@@ -156,7 +166,7 @@ class Rank:
         return steps
 
     def start(self) -> None:
-        required.apply([self.offloader.hook(), *self.reader.hooks(), *self.hooks.hooks()])
+        required.apply([*self.offloader.hooks(), *self.reader.hooks(), *self.hooks.hooks()])
         members = Members(self.figures)
         if self.control is None:
             required.apply([follower_hook(members.gather), *UpdateHooks(self.config).hooks()])

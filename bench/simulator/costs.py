@@ -6,8 +6,9 @@ the first is remembered, the second is a product.
 """
 
 from functools import cache
+from statistics import fmean
 
-from sidp_sgl.planner.deployment import DP_ATTENTION, SHARDED_GPU, SIDP, Deployment
+from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment
 from sidp_sgl.planner.event_model import Setting, StepTime, relative_step_time
 from sidp_sgl.planner.time_model import Work
 from sidp_sgl.scheduler.modes.times import StepTimes
@@ -18,11 +19,11 @@ _MANY = 1e6  # tokens; any number will do
 
 
 class StepCosts:
-    """Of one deployment; all times in seconds. Raises ValueError for DP attention and sharded_gpu,
-    whose ranks run in lock-step, which is not modelled."""
+    """Of one deployment; all times in seconds. Raises ValueError for what is not modelled,
+    as DP attention and sharded_gpu, whose ranks run in lock-step."""
 
     def __init__(self, deployment: Deployment) -> None:
-        if deployment.kind in (DP_ATTENTION, SHARDED_GPU):
+        if deployment.kind not in (REPLICAS, SIDP):
             raise ValueError(f"the simulator does not know {deployment.label}")
         self.deployment = deployment
         self.streams = deployment.kind == SIDP and deployment.dp > 1
@@ -92,7 +93,7 @@ def prefetch_setting(deployment: Deployment, work: Work, jitter: float = 0.0) ->
         num_slots=max(map(group.placement.slots, range(pooling.num_ranks))),
         order=pooling.order,
         turns=pooling.turns,
-        fetch=group.block_seconds(0) / layer_seconds,
+        fetch=fmean(map(group.block_seconds, range(shape.num_layers))) / layer_seconds,
         jitter=jitter,
         start_spread=shape.num_layers if jitter else 0.0,
         placement=pooling.placement,

@@ -6,6 +6,7 @@ from sidp_sgl.config import MODES
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.deployment import (
     DP_ATTENTION,
+    DWDP,
     REPLICAS,
     SHARDED_GPU,
     SIDP,
@@ -23,10 +24,15 @@ def deployments(node: Node, tp: int | None = None, dp: int | None = None) -> Ite
         yield Deployment(node, REPLICAS, tensor, data)
     shared = [(tensor, data) for tensor, data in splits if data > 1]
     for tensor, data in shared:
-        if _divides(node, Split(tensor, node.num_gpus, tensor, node.num_gpus)):
-            yield Deployment(node, DP_ATTENTION, tensor, data)
+        attention = Deployment(node, DP_ATTENTION, tensor, data)
+        if _divides(node, attention.split):
+            yield attention
     for _, data in (split for split in shared if split[0] == 1):
         yield Deployment(node, SHARDED_GPU, 1, data)
+    num_experts = node.shape.num_experts
+    for _, data in (split for split in shared if split[0] == 1):
+        if num_experts and num_experts % data == 0:
+            yield Deployment(node, DWDP, 1, data)
     for tensor, data in shared:
         for mode in MODES:
             yield Deployment(node, SIDP, tensor, data, mode)

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sidp_sgl.planner.group_times import GroupTimes, Pooling
-from sidp_sgl.planner.machine import Machine
+from sidp_sgl.planner.machine import EAGER_LAYER_SECONDS, Machine
 from sidp_sgl.planner.memory import RankMemory
 from sidp_sgl.planner.models import ModelShape
 from sidp_sgl.planner.time_model import RankTimes, Work
-from sidp_sgl.planner.weights import Split, kv_bytes, part_bytes
+from sidp_sgl.planner.weights import Split, kv_bytes, layer_weights, part_bytes, units
 from sidp_sgl.weightpool.cas.staging import make_staging
 
 REPLICAS, DP_ATTENTION, SHARDED_GPU, SIDP = "replicas", "dp-attention", "sharded_gpu", "sidp"
+DWDP = "dwdp"
 _GATHERED_LAYERS = 2  # that sharded_gpu holds: the one in use and the next
 _CHUNK = 8192  # tokens of a prefill pass: SGLang's default on large GPUs
 
@@ -37,7 +38,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Deployment:
-    """`tp` GPUs per rank, `dp` ranks; with DP attention `tp` are those of one rank's attention.
+    """`tp` GPUs per rank, `dp` ranks; with DP attention `tp` are those of one rank's attention, and
+    experts lie over all GPUs, each of them whole (EP).
 
     `mode` is that of `--sidp-mode`.
     """
@@ -55,16 +57,18 @@ class Deployment:
             names = [f"TP{self.tp}"] * (self.tp > 1) + [f"DP{self.dp}"] * (self.dp > 1)
             return "/".join(names) or "one GPU"
         if self.kind == DP_ATTENTION:
-            return f"DP attention {split}"
-        return (
-            f"sharded_gpu DP{self.dp}" if self.kind == SHARDED_GPU else f"SiDP {self.mode} {split}"
-        )
+            experts = f"EP{self.node.num_gpus}, " if self.node.shape.num_experts else ""
+            return f"{experts}DP attention {split}"
+        if self.kind == SIDP:
+            return f"SiDP {self.mode} {split}"
+        return f"{'DWDP' if self.kind == DWDP else self.kind} DP{self.dp}"
 
     @property
     def split(self) -> Split:
         if self.kind != DP_ATTENTION:
             return Split.of(self.tp)
-        return Split(self.tp, self.node.num_gpus, self.tp, self.node.num_gpus)
+        num = self.node.num_gpus
+        return Split(self.tp, num, self.tp, num, num if self.node.shape.num_experts else 1)
 
     @cached_property
     def rank(self) -> RankTimes:
@@ -93,6 +97,11 @@ class Deployment:
             pooled = layers.attention + layers.ffn + layers.experts
             gathered = _GATHERED_LAYERS * pooled // node.shape.num_layers
             return RankMemory(*device, weights - pooled, pooled, -(-pooled // self.dp), gathered)
+        if self.kind == DWDP:
+            experts = self._expert_bytes
+            pooled, remote = sum(experts), max(experts) * (self.dp - 1) // self.dp
+            slots = _GATHERED_LAYERS * remote
+            return RankMemory(*device, weights - pooled, pooled, -(-pooled // self.dp), slots)
         if self.kind != SIDP:
             return RankMemory(*device, replicated_bytes=weights)
         placement, ranks = self.group.placement, range(self.dp)
@@ -105,14 +114,25 @@ class Deployment:
             staging_bytes=0 if self.mode == "was" else self._staging_bytes(),
         )
 
+    @cached_property
+    def _expert_bytes(self) -> list[int]:
+        """Of every layer with experts: what DWDP pools of them, all but their scales."""
+        shape = self.node.shape
+        return [
+            sum(gemm.tensors[0] for gemm in layer_weights(shape, layer, self.split).experts)
+            for layer, count in shape.layer_kinds().items()
+            for _ in range(count if shape.is_moe(layer) else 0)
+        ]
+
     def _staging_bytes(self) -> int:
-        """Rows that others lease here, and results on their way back; rows of 16 bits."""
-        weights = self.rank.weights(0)
-        hidden = self.node.shape.hidden_size
-        units = [(hidden, hidden)]
-        if self.node.pool == "linear":
-            units += [(hidden, weights.qkv.out_width), (weights.o.in_width, hidden)]
-        return make_staging(((2 * i, 2 * o) for i, o in units), self.dp).num_bytes
+        """Rows that others lease here, and results on their way back."""
+        shape = self.node.shape
+        sizes = (
+            unit.row_bytes
+            for layer in shape.layer_kinds()
+            for unit in units(shape, layer, self.split, self.node.pool)
+        )
+        return make_staging(sizes, self.dp).num_bytes
 
     def kv_tokens(self) -> int:
         """KV capacity of one rank."""
@@ -132,10 +152,13 @@ class Deployment:
         """What the other ranks' weights take in a step; 0 where there is nothing to fetch."""
         if self.kind == SIDP:
             return self.group.fetch_seconds
+        machine, share = self.node.machine, (self.dp - 1) / self.dp
         if self.kind == SHARDED_GPU:
-            share = (self.dp - 1) / self.dp
-            copies = self.dp * self.node.shape.num_layers * self.node.machine.copy_seconds
-            return copies + share * self.memory.pooled_bytes / self.node.machine.link_bandwidth
+            copies = self.dp * self.node.shape.num_layers * machine.copy_seconds
+            return copies + share * self.memory.pooled_bytes / machine.link_bandwidth
+        if self.kind == DWDP:  # from every other rank, of both weights
+            copies = 2 * (self.dp - 1) * len(self._expert_bytes) * machine.copy_seconds
+            return copies + share * self.memory.pooled_bytes / machine.link_bandwidth
         return 0.0
 
     def decode_seconds(self, batch: int, context: float, threshold: int = 0) -> float:
@@ -143,8 +166,18 @@ class Deployment:
         if self.kind == SIDP:
             return self.group.decode_seconds(self.mode, batch, context, threshold)
         compute = self.rank.compute_seconds(Work.decode(batch, context))
+        if self.kind == DWDP:  # without CUDA graphs: the host may be slower than the GPU
+            compute = max(compute, self.node.shape.num_layers * EAGER_LAYER_SECONDS)
+        return self._with_fetches(compute)
+
+    def _with_fetches(self, compute: float) -> float:
+        """A pass of `compute` seconds and its fetches."""
+        fetches = self.fetch_seconds()
+        if self.kind == DWDP:  # begins anew in every pass: the first fetch is hidden by nothing
+            first = fetches / len(self._expert_bytes)
+            return max(first + compute, fetches + compute / self.node.shape.num_layers)
         # Within a CUDA graph sharded_gpu gathers and computes in turn.
-        return compute + self.fetch_seconds()
+        return compute + fetches
 
     def runs(self, batch: int, threshold: int) -> str:
         """The mode of such a step; "" without SiDP."""
@@ -156,5 +189,5 @@ class Deployment:
         if self.kind == SIDP:
             seconds = self.group.was_seconds(work)
         else:
-            seconds = self.rank.compute_seconds(work) + self.fetch_seconds()
+            seconds = self._with_fetches(self.rank.compute_seconds(work))
         return seconds * prompt / _CHUNK

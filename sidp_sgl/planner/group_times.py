@@ -10,11 +10,11 @@ from functools import cached_property
 
 from sidp_sgl.planner.prefetch_factor import Prefetch, was_factor
 from sidp_sgl.planner.time_model import RankTimes, Work
-from sidp_sgl.planner.weights import block_bytes
+from sidp_sgl.planner.weights import block_bytes, pools_attention, units
 from sidp_sgl.scheduler.modes.policy import AUTO, CAS, WAS
 from sidp_sgl.scheduler.modes.times import streams
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
-from sidp_sgl.weightpool.placement import Placement
+from sidp_sgl.weightpool.placement import DEFAULT_SLOTS, EXPERT_SLOTS, Placement
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class GroupTimes:
     def placement(self) -> Placement:
         """Of these blocks."""
         pooling = self.pooling
-        return Placement.of(self.blocks, pooling.num_ranks, pooling.slots, pooling.placement)
+        default = EXPERT_SLOTS if self.rank.shape.num_experts > 1 else DEFAULT_SLOTS
+        slots = pooling.slots or default
+        return Placement.of(self.blocks, pooling.num_ranks, slots, pooling.placement)
 
     def block_seconds(self, layer: int) -> float:
         """One fetch, at the full rate of the owner's link."""
@@ -113,28 +115,24 @@ class GroupTimes:
     def _cas_layer_seconds(
         self, layer: int, work: Work, active: float, remote_share: float
     ) -> float:
-        rank, all_rows = self.rank, active * work.rows
-        linear = self.pooling.pool == "linear"
-        units = 3 if linear else 1
+        rank, all_rows, pool = self.rank, active * work.rows, self.pooling.pool
+        sent = units(rank.shape, layer, rank.split, pool)
+        row_bytes = sum(sum(unit.payload) + unit.result for unit in sent)
+        machine = rank.machine
+        bandwidth = machine.row_bandwidth or machine.link_bandwidth
         return (
-            rank.projection_seconds(layer, all_rows if linear else work.rows)
+            rank.projection_seconds(
+                layer, all_rows if pools_attention(rank.shape, pool) else work.rows
+            )
             + rank.attention_seconds(work)
             + rank.request_seconds(work)
             + rank.other_seconds(work.rows)
+            + rank.router_seconds(layer, work.rows)
             + rank.ffn_seconds(layer, all_rows)
             + rank.ffn_collective_seconds(all_rows)
-            + remote_share * units * rank.machine.round_trip_seconds
-            + remote_share * self._rows_seconds(layer, all_rows)
+            + remote_share * len(sent) * machine.round_trip_seconds
+            + remote_share * all_rows * row_bytes / bandwidth
         )
-
-    def _rows_seconds(self, layer: int, rows: float) -> float:
-        """The way of `rows` rows to one owner and back, unit after unit."""
-        weights, hidden = self.rank.weights(layer), self.rank.shape.hidden_size
-        widths = [2 * hidden]
-        if self.pooling.pool == "linear":
-            widths += [sum(weights.qkv[:2]), sum(weights.o[:2])]
-        machine = self.rank.machine
-        return 2 * rows * sum(widths) / (machine.row_bandwidth or machine.link_bandwidth)
 
     def hiding_batch(self, context: float, max_batch: int) -> int:
         """The smallest batch whose compute hides the fetches; `max_batch` + 1 where none does."""

@@ -21,6 +21,7 @@ COLLECTIVE_SECONDS = 10e-6  # of an all-reduce, beyond its bytes
 COPY_SECONDS = 10e-6  # of a fetch, beyond its bytes
 ROUND_TRIP_SECONDS = 20e-6  # of a remote unit, beyond its rows and its GEMM
 STEP_SECONDS = 1e-3  # sampling, and the scheduler where the overlap does not hide it
+EAGER_LAYER_SECONDS = 400e-6  # the host's, to launch a layer's 20 or so kernels without a graph
 RESERVED_BYTES = 1 << 30  # CUDA context and communication buffers
 _MOST = float("inf")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sidp_sgl.config import PLACEMENTS, POOLS
+from sidp_sgl.config import FFN, LINEAR, PLACEMENTS
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.deployment import Node
 from sidp_sgl.planner.gpus import GPUS, Gpu, find_gpu, read_gpu, with_figures
@@ -86,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sidp-sgl plan",
-        description="Compares plain DP, TP, DP attention, sharded_gpu and SiDP for one workload.",
+        description="Compares DP, TP, DP attention, EP, DWDP, sharded_gpu and SiDP.",
         epilog=f"Built-in models: {', '.join(built_in_names())}.",
         allow_abbrev=False,
     )
@@ -104,8 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--input-len", type=_count, default=1024, metavar="N", help="tokens (default 1024)")
     add("--output-len", type=_count, default=1024, metavar="N", help="tokens (default 1024)")
     add("--mem-fraction", type=float, default=0.9, metavar="X", help="as SGLang's (default 0.9)")
-    add("--pool", choices=POOLS, default="ffn", help="as --sidp-pool (default ffn)")
-    add("--slots", type=_count, metavar="N", help="as --sidp-cache-slots (default 3)")
+    add("--pool", choices=(FFN, LINEAR), default=FFN, help="as --sidp-pool (default ffn)")
+    add(
+        "--slots",
+        type=_count,
+        metavar="N",
+        help="as --sidp-cache-slots (default 3, with experts 2)",
+    )
     add("--placement", choices=PLACEMENTS, default="interleaved", help="(default interleaved)")
     add("--dtype", choices=DTYPES, help="of the linear layers (default: the config's)")
     add("--kv-dtype", choices=DTYPES, default="bf16", help="of keys and values (default bf16)")

@@ -1,6 +1,6 @@
-"""The plan in one sentence: which setting, and why; and what the engine can't do of it yet."""
+"""The plan in one sentence: which setting, and why; and what to know beside it."""
 
-from sidp_sgl.planner.deployment import SIDP
+from sidp_sgl.planner.deployment import SHARDED_GPU
 from sidp_sgl.planner.plan import Estimate, Plan
 from sidp_sgl.scheduler.modes.policy import CAS
 
@@ -86,15 +86,10 @@ def _why_not(plan: Plan, sidp: Estimate, baseline: Estimate) -> str:
 def notes(plan: Plan) -> list[str]:
     """What a reader should know beside the figures."""
     found = []
-    sidp, best = plan.sidp, plan.best
+    best = plan.best
     if best.batch < best.fitting:
         found.append(f"limit the batch with --max-running-requests {best.batch}")
-    if sidp is not None and sidp.deployment.kind == SIDP:
-        shape = plan.node.shape
-        missing = ["experts"] if shape.num_experts else []
-        missing += ["FP8 weights"] if shape.dtype == "fp8" else []
-        if missing:
-            found.append(f"the engine's SiDP does not do {', '.join(missing)} yet")
-    if any(e.deployment.kind == "sharded_gpu" for e in plan.estimates):
+    kinds = {estimate.deployment.kind for estimate in plan.estimates}
+    if SHARDED_GPU in kinds and plan.node.shape.latent is None:
         found.append("SGLang 0.5.23 has sharded_gpu for DeepSeek models only")
     return found

@@ -21,16 +21,12 @@ from sidp_sgl.planner.weights import (
 _ACTIVATION = 2  # bytes of an element of a row
 
 
-def gemm_seconds(
-    machine: Machine, gemm: Gemm, rows: float, dtype: str, share: float = 1.0
-) -> float:
+def gemm_seconds(machine: Machine, gemm: Gemm, rows: float, share: float = 1.0) -> float:
     """`rows` times one weight; of several copies (experts) a `share` is read."""
-    num_bytes = (
-        share * gemm.num_bytes(dtype) + rows * (gemm.in_width + gemm.out_width) * _ACTIVATION
-    )
+    num_bytes = share * gemm.num_bytes + rows * (gemm.in_width + gemm.out_width) * _ACTIVATION
     flops = 2 * rows * gemm.in_width * gemm.out_width
     return machine.kernel_seconds + max(
-        num_bytes / machine.hbm_bandwidth, flops / machine.flops(dtype)
+        num_bytes / machine.hbm_bandwidth, flops / machine.flops(gemm.dtype)
     )
 
 
@@ -87,37 +83,49 @@ class RankTimes:
         return self._weights[self.shape.is_moe(layer)]
 
     def projection_seconds(self, layer: int, rows: float) -> float:
-        """The attention's two linear layers."""
-        weights = self.weights(layer)
-        return sum(
-            gemm_seconds(self.machine, gemm, rows, self.shape.dtype)
-            for gemm in (weights.qkv, weights.o)
-        )
+        """The attention's linear layers."""
+        return self._gemms_seconds(self.weights(layer).attention, rows)
+
+    def _gemms_seconds(self, gemms: tuple[Gemm, ...], rows: float, share: float = 1.0) -> float:
+        return sum(gemm_seconds(self.machine, gemm, rows, share) for gemm in gemms)
 
     def attention_seconds(self, work: Work) -> float:
         """Attention proper, of one layer."""
         shape, machine = self.shape, self.machine
         token_bytes = kv_bytes(shape, self.split.attention, self.kv_dtype) / shape.num_layers
-        width = shape.num_heads // self.split.attention * shape.head_dim
         return machine.kernel_seconds + max(
             work.kv_tokens * token_bytes / machine.kv_bandwidth,
-            4 * work.scores * width / machine.bf16_flops,
+            self._attention_flops(work) / machine.bf16_flops,
         )
+
+    def _attention_flops(self, work: Work) -> float:
+        shape, latent = self.shape, self.shape.latent
+        heads = shape.num_heads // self.split.attention
+        if latent is None:
+            return 4 * work.scores * heads * shape.head_dim
+        # Either every head works on the latent vectors, or keys and values are made of them.
+        on_latents = work.scores * (2 * latent.kv_rank + latent.rope_dim)
+        earlier = max(0.0, work.kv_tokens - work.rows)  # the others are made by the projections
+        made = earlier * latent.kv_rank * (latent.nope_dim + latent.value_dim)
+        expanded = work.scores * (shape.head_dim + latent.value_dim) + made
+        return 2 * heads * min(on_latents, expanded)
 
     def request_seconds(self, work: Work) -> float:
         """Of one layer, for requests as such: CPUs attend to one after another."""
         return self.machine.attention_request_seconds * work.sampled
 
+    def router_seconds(self, layer: int, rows: float) -> float:
+        """Of one layer; 0 where it has no experts."""
+        return self._gemms_seconds(self.weights(layer).router, rows)
+
     def ffn_seconds(self, layer: int, rows: float) -> float:
-        """FFN or experts (with router), of one layer, for `rows` rows in all."""
-        weights, dtype, machine = self.weights(layer), self.shape.dtype, self.machine
-        share, seconds = 1.0, 0.0
-        if weights.router:
-            share = experts_share(self.shape.num_experts, self.shape.experts_per_token, rows)
-            seconds = gemm_seconds(machine, weights.router, rows, "bf16")
-            rows *= self.shape.experts_per_token
-        for gemm in (weights.gate_up, weights.down):
-            seconds += gemm_seconds(machine, gemm, rows, dtype, share)
+        """FFN, or experts and shared ones, of one layer, for `rows` rows in all."""
+        weights, shape = self.weights(layer), self.shape
+        seconds = self._gemms_seconds(weights.ffn, rows)
+        if weights.experts:
+            share = experts_share(shape.num_experts, shape.experts_per_token, rows)
+            routed = rows * shape.experts_per_token / self.split.experts
+            seconds += self._gemms_seconds(weights.experts, routed, share)
         return seconds
 
     def collective_seconds(self, rows: float, num_gpus: int) -> float:
@@ -153,6 +161,7 @@ class RankTimes:
             + self.attention_seconds(work)
             + self.request_seconds(work)
             + self.other_seconds(work.rows)
+            + self.router_seconds(layer, ffn_rows)
             + self.ffn_seconds(layer, ffn_rows)
             + self.ffn_collective_seconds(ffn_rows)
         )
@@ -161,7 +170,7 @@ class RankTimes:
         """LM head, sampling and scheduler: once a step."""
         rows = work.sampled * self.ranks_in_ffn
         vocab = padded_vocab(self.shape.vocab_size, self.split.lm_head) // self.split.lm_head
-        head = gemm_seconds(self.machine, Gemm(self.shape.hidden_size, vocab), rows, "bf16")
+        head = gemm_seconds(self.machine, Gemm(self.shape.hidden_size, vocab), rows)
         gather = rows * vocab * (self.split.lm_head - 1) * _ACTIVATION / self.machine.link_bandwidth
         requests = self.machine.request_seconds * work.sampled
         return self.machine.step_seconds + requests + head + gather

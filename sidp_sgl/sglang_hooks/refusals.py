@@ -19,6 +19,8 @@ from sidp_sgl.config import SidpConfig
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.cuda.refusals import check_device
+from sidp_sgl.sglang_hooks.model.headers import check_files
+from sidp_sgl.sglang_hooks.model.slots import num_slots
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.placement import Placement
 
@@ -59,6 +61,12 @@ RULES = [
          "two batches would share one slot"),
     Rule("enable_pdmux", bool, "--enable-pdmux", "two streams would share one slot"),
     Rule("enable_nvidia_megakernel", bool, "--enable-nvidia-megakernel", "it skips the units"),
+    Rule("enable_eplb", bool, "--enable-eplb", "it moves experts that are pooled"),
+    Rule("ep_num_redundant_experts", bool, "--ep-num-redundant-experts",
+         "experts are pooled, not copied"),
+    Rule("moe_a2a_backend", lambda v: v not in (None, "none"), "--moe-a2a-backend",
+         "experts are pooled, not distributed"),
+    Rule("kt_weight_path", bool, "--kt-weight-path", "both hold experts elsewhere"),
     Rule("dwdp_size", more_than_one, "--dwdp-size", "both distribute weights"),
     Rule("elastic_ep_backend", bool, "--elastic-ep-backend", "the group has a fixed size"),
     Rule("disaggregation_mode", lambda v: v not in (None, "null"), "--disaggregation-mode",
@@ -69,12 +77,16 @@ RULES = [
     Rule("smg_grpc_mode", bool, "--smg-grpc-mode", "a lost rank could not be reported"),
     Rule("tokenizer_worker_num", more_than_one, "--tokenizer-worker-num",
          "a lost rank could not be reported to every worker"),
-    Rule("quantization", bool, "--quantization", "quantised blocks are not supported yet"),
     Rule("load_format", lambda v: v not in (None, "auto", "safetensors"), "--load-format",
          "ranks read their own tensors from safetensors files only"),
     Rule("startup_weight_load_mode", lambda v: v == "overlap", "--startup-weight-load-mode",
          "each rank loads its own tensors"),
 ]  # fmt: skip
+
+# Whose weights are parameters of the layers after loading, and nothing else.
+QUANTISATIONS = (
+    "fp8", "w8a8_fp8", "w8a8_int8", "awq", "awq_marlin", "gptq_marlin", "compressed-tensors",
+)  # fmt: skip
 
 # The same with --tp-size above 1.
 TP_RULES = [
@@ -133,30 +145,39 @@ def check_model(server_args: Any, config: SidpConfig) -> None:
             f"--model-path {model} holds no *.safetensors files, which --sidp reads tensor by "
             "tensor: convert the checkpoint, or drop --sidp"
         )
+    if model.is_dir():
+        check_files(model)
     model_config = model_config_of(server_args)
-    if getattr(model_config.hf_config, "quantization_config", None):
+    method = model_config.quantization
+    if method is not None and method not in QUANTISATIONS:
         raise SidpUsageError(
-            f"--model-path {model} is quantised, which --sidp does not support yet: use the "
-            "unquantised checkpoint, or drop --sidp"
+            f"--model-path {model} is quantised by {method}, whose weights --sidp can't pool: use "
+            f"{', '.join(QUANTISATIONS)} or an unquantised checkpoint, or drop --sidp"
         )
-    check_slots(config, model_config.num_hidden_layers, cfg.dp_size)
-    warn_of_no_gain(config, model_config.num_hidden_layers, cfg.dp_size)
+    # As if all blocks were alike, before their sizes are known: one byte each.
+    placement = Placement.of(
+        [1] * model_config.num_hidden_layers,
+        cfg.dp_size,
+        num_slots(config, model_config.hf_text_config),
+        config.sidp_placement,
+    )
+    check_slots(config, placement)
+    warn_of_no_gain(placement)
 
 
-def check_slots(config: SidpConfig, num_layers: int, num_ranks: int) -> None:
+def check_slots(config: SidpConfig, placement: Placement) -> None:
     """Raise SidpUsageError where --sidp-cache-slots does not fit the model."""
-    slots = config.sidp_cache_slots
-    most = planned_placement(config, num_layers, num_ranks).most_slots
+    slots, most = config.sidp_cache_slots, placement.most_slots
     if slots is not None and slots > most:
         raise SidpUsageError(
-            f"--sidp-cache-slots {slots} is out of range: with {num_layers} layers and "
-            f"{num_ranks} ranks use 1 to {most}"
+            f"--sidp-cache-slots {slots} is out of range: with {placement.num_layers} layers and "
+            f"{placement.num_ranks} ranks use 1 to {most}"
         )
 
 
-def warn_of_no_gain(config: SidpConfig, num_layers: int, num_ranks: int) -> None:
+def warn_of_no_gain(placement: Placement) -> None:
     """Say so where owned blocks and slots take as much memory as all the blocks would."""
-    placement = planned_placement(config, num_layers, num_ranks)
+    num_ranks = placement.num_ranks
     if min(map(placement.freed_bytes, range(num_ranks))) <= 0:
         most_owned = max(len(placement.owned(rank)) for rank in range(num_ranks))
         logger.warning(
@@ -164,14 +185,8 @@ def warn_of_no_gain(config: SidpConfig, num_layers: int, num_ranks: int) -> None
             "use fewer --sidp-cache-slots or more ranks",
             most_owned,
             placement.num_slots,
-            num_layers,
+            placement.num_layers,
         )
-
-
-def planned_placement(config: SidpConfig, num_layers: int, num_ranks: int) -> Placement:
-    """As if all blocks were alike, before their sizes are known: one byte each."""
-    kind = config.sidp_placement
-    return Placement.of([1] * num_layers, num_ranks, config.sidp_cache_slots, kind)
 
 
 def _checked(check: Callable[[Any, SidpConfig], None]) -> Callable[[Any, Callable], None]:

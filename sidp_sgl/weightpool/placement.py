@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 DEFAULT_SLOTS = 3
+EXPERT_SLOTS = 2  # where layers are mixtures: their blocks are large, and decoded by their owners
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Placement:
     kind: str = "interleaved"
     num_layers: int = 0  # that there will be, with any number of blocks each
     blocks: tuple[tuple[Stripe, ...], ...] = ()
+    in_place: frozenset[int] = frozenset()  # blocks that others read where they lie
 
     @classmethod
     def of(
@@ -51,12 +53,18 @@ class Placement:
             stripes.append((Stripe(owner, 0, size),))
         return cls(num_ranks, num_slots or DEFAULT_SLOTS, kind, len(sizes), tuple(stripes))
 
-    def with_block(self, num_bytes: int, layer: int) -> "Placement":
+    def with_block(
+        self, num_bytes: int, layer: int | None, *, in_place: bool = False
+    ) -> "Placement":
         """With one more block at the end of the forward pass, in one stripe. `layer`: that it
-        belongs to, or lies behind."""
+        belongs to; None for a block that is no layer's. `in_place`: it is never fetched."""
         owned = [self.owned_bytes(rank) for rank in range(self.num_ranks)]
         owner = _next_owner(self.kind, layer, self.num_layers, owned)
-        return replace(self, blocks=(*self.blocks, (Stripe(owner, 0, num_bytes),)))
+        return replace(
+            self,
+            blocks=(*self.blocks, (Stripe(owner, 0, num_bytes),)),
+            in_place=self.in_place | ({len(self.blocks)} if in_place else frozenset()),
+        )
 
     def with_stripes(self, block: int, stripes: Iterable[Stripe]) -> "Placement":
         """With other stripes of `block`; they must cover it without a gap, in order."""
@@ -87,8 +95,12 @@ class Placement:
         return [block for block in range(len(self.blocks)) if rank in self.owners(block)]
 
     def fetched(self, rank: int) -> list[int]:
-        """Blocks of which the rank lacks a stripe."""
-        return [block for block in range(len(self.blocks)) if not self.owns(rank, block)]
+        """Blocks of which the rank lacks a stripe that it needs."""
+        return [
+            block
+            for block in range(len(self.blocks))
+            if not self.owns(rank, block) and block not in self.in_place
+        ]
 
     def asked(self, rank: int) -> list[int]:
         """The other ranks that own something which the rank lacks."""
@@ -133,9 +145,9 @@ class Placement:
         return max(len(self.fetched(rank)) for rank in range(self.num_ranks))
 
 
-def _next_owner(kind: str, layer: int, num_layers: int, owned_bytes: list[int]) -> int:
+def _next_owner(kind: str, layer: int | None, num_layers: int, owned_bytes: list[int]) -> int:
     """Owner of the next block, in `layer`; `owned_bytes` of every rank so far."""
-    if kind == "interleaved":
+    if kind == "interleaved" or layer is None:
         return owned_bytes.index(min(owned_bytes))
     if kind == "contiguous":
         shorter, num_longer = divmod(num_layers, len(owned_bytes))

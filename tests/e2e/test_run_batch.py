@@ -34,6 +34,7 @@ def bad_line(name: str) -> dict[str, Any]:
     return {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": BAD[name]}
 
 
+@pytest.mark.timeout(1200)
 def test_a_job_through_a_killed_rank_and_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,11 +64,10 @@ def test_a_job_through_a_killed_rank_and_ctrl_c(
     finished = (tmp_path / "out").read_bytes()
     assert 10 <= finished.count(b"\n") < NUM_SUMS
 
-    with disturbed(Disturbances()), run_batch(tmp_path) as third:
+    with run_batch(tmp_path) as third:  # where the killer is a prompt like any other
         third.wait_for_records(NUM_SUMS)
         traces.processes()
         assert third.wait() == 0
-    assert "(killer) has ended the engine, alone in it" in third.log.read_text()
     assert (tmp_path / "out").read_bytes().startswith(finished)  # nothing ran twice
     traces.assert_nothing_left(15.0)
 
@@ -78,14 +78,14 @@ def test_a_job_through_a_killed_rank_and_ctrl_c(
         response = by_id[name]["response"]
         assert response["status_code"] == 400
         assert response["body"]["error"]["type"] == "invalid_request_error"
-    assert by_id["killer"]["response"]["status_code"] == 500
+    assert by_id["killer"]["response"]["status_code"] == 200
     assert len(by_id["double"]["response"]["body"]["choices"]) == 2
     assert by_id["sum-0"]["response"]["body"]["model"] == "demo"
     texts = [text_of(by_id[line["custom_id"]]) for line in sums]
     assert texts == [solve(prompt_of(line)) for line in sums]
     last_line = third.log.read_text().splitlines()[-1]
     assert f"{len(found)} of {len(found)} requests done" in last_line
-    assert f"{len(BAD) + 1} of them error records" in last_line and "WaS" in last_line
+    assert f"{len(BAD)} of them error records" in last_line and "WaS" in last_line
 
 
 @pytest.mark.thorough

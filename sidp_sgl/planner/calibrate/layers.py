@@ -38,8 +38,8 @@ class Decoder:
 
     def __init__(self, shape: ModelShape, num_layers: int, batch: int, device: torch.device):
         weights = layer_weights(shape, 0, Split())
-        gemms = (weights.qkv, weights.o, weights.gate_up, weights.down)
-        num_bytes = sum(gemm.num_bytes("bf16") for gemm in gemms)
+        gemms = weights.attention + weights.ffn
+        num_bytes = sum(gemm.num_bytes for gemm in gemms)
         distinct = min(num_layers, max(1, _MOST_BYTES // num_bytes))
 
         def random(*size: int) -> torch.Tensor:

@@ -111,8 +111,7 @@ class RankMeasuring:
         shape, points = self.task.shape, []
         weights = layer_weights(shape, 0, Split())
         vocab = padded_vocab(shape.vocab_size, 1)
-        gemms = {(g.in_width, g.out_width) for g in
-                 (weights.qkv, weights.o, weights.gate_up, weights.down)}  # fmt: skip
+        gemms = {(g.in_width, g.out_width) for g in weights.attention + weights.ffn}
         for in_width, out_width in sorted({*gemms, (shape.hidden_size, vocab)}):
             num_bytes = 2 * in_width * out_width
             distinct = max(_GEMM_BYTES, 4 * self._device.cache_bytes)

@@ -17,15 +17,25 @@ from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.required import Hook
 
-# Checkpoints store what SGLang stacks into one projection as separate tensors.
-_STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Checkpoints store what SGLang stacks into one module as separate tensors: shared experts may be
+# loaded as further ones of the experts.
+_STACKED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "experts": ("shared_experts", "shared_expert"),
+}
 
 
 class CheckpointReader:
     """One rank's reading: skips the tensors of placeholder modules, counts the bytes of others."""
 
-    def __init__(self, is_placeholder: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self,
+        is_placeholder: Callable[[nn.Module], bool],
+        before_loading: Callable[[nn.Module], None],
+    ) -> None:
         self.bytes_read = 0
+        self._before_loading = before_loading
         self._is_placeholder = is_placeholder
         self._skipped: re.Pattern[str] | None = None
 
@@ -45,6 +55,7 @@ class CheckpointReader:
         ]
 
     def _load_weights_only(self, original: Any, model: nn.Module, *rest: Any) -> Any:
+        self._before_loading(model)
         names = [name for name, module in model.named_modules() if self._is_placeholder(module)]
         self._skipped = re.compile("|".join(map(_checkpoint_pattern, names)) or "(?!)")
         result = original(model, *rest)

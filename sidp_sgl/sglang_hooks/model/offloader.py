@@ -2,11 +2,11 @@
 
 While layers are built, the blocks of other ranks become placeholders. What SGLang loads as it is
 (`loads_in_place`) is loaded straight into the rank's own blocks; else it is loaded and processed in
-memory of its own, and laid out in blocks afterwards. Then the ranks meet, and the slots take over,
-in the layouts of the owners.
+memory of its own, and laid out in blocks afterwards, and other ranks' units are processed without
+their weights (`processed.py`). Then the ranks meet, and the slots take over, in the layouts of the
+owners.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +17,14 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.utils.offloader import BaseOffloader
 from torch import nn
 
+from sidp_sgl.config import ALL
 from sidp_sgl.errors import SidpError
+from sidp_sgl.sglang_hooks import required
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.model import placeholders
-from sidp_sgl.sglang_hooks.model.units import Unit, find_blocks, pooled_unit
+from sidp_sgl.sglang_hooks.model.processed import ScratchProcessing
+from sidp_sgl.sglang_hooks.model.tables import Table, find_tables, head_hook
+from sidp_sgl.sglang_hooks.model.units import Unit, find_blocks, pooled_unit, use_one_stream
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
@@ -36,7 +40,8 @@ class _Block:
 
     root: nn.Module
     units: list[Unit]
-    layer: int  # that it belongs to
+    layer: int | None  # that it belongs to, if any
+    in_place: bool = False  # read where it lies, and no unit of the forward pass
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return dict(placeholders.named_tensors([(unit.name, unit.module) for unit in self.units]))
@@ -60,20 +65,25 @@ class PoolOffloader(BaseOffloader):
         self._loads_in_place = loads_in_place
         self._layers: list[nn.Module] = []
         self._blocks: list[_Block] = []
+        self._tables: list[Table] = []
+        self.processing = ScratchProcessing()
         self._layouts: dict[int, BlockLayout] = {}  # of own blocks
         self._memory: dict[int, torch.Tensor] = {}  # of own blocks
         self._placeholder_modules: set[int] = set()
         self.unmaterialised = 0  # placeholder tensors that held no memory when loading had ended
 
-    def hook(self) -> Hook:
-        return Hook("sglang.srt.utils.offloader.create_offloader", lambda _: self, HookType.AROUND)
+    def hooks(self) -> list[Hook]:
+        target = "sglang.srt.utils.offloader.create_offloader"
+        processing = [] if self._loads_in_place else self.processing.hooks()
+        return [Hook(target, lambda _: self, HookType.AROUND), *processing]
 
     def is_placeholder(self, module: nn.Module) -> bool:
         return id(module) in self._placeholder_modules
 
     def owned_layers(self) -> list[int]:
         """Decoder layers of which this rank owns a block."""
-        return sorted({self._blocks[block].layer for block in self._layouts})
+        layers = {self._blocks[block].layer for block in self._layouts}
+        return sorted(layer for layer in layers if layer is not None)
 
     def wrap_modules(
         self, all_modules_generator: Iterable[nn.Module], *_: Any, **__: Any
@@ -83,25 +93,52 @@ class PoolOffloader(BaseOffloader):
         for index, layer in enumerate(all_modules_generator):
             self._layers.append(layer)
             for units in find_blocks(layer, index, self._pooled_units):
+                use_one_stream(layer, units)
                 self._add_block(_Block(layer, units, index))
         expected = self._pool.placement.num_layers
         if len(self._layers) != expected:
             raise SidpError(
                 f"--sidp: the model has {len(self._layers)} layers where its config says {expected}"
             )
+        return self._layers
+
+    def before_loading(self, model: nn.Module) -> None:
+        """The model is complete."""
+        if self._pooled_units == ALL:
+            self._add_tables(model)
         if self._loads_in_place:
             self._own_blocks()
-        return self._layers
+
+    def _add_tables(self, model: nn.Module) -> None:
+        placement = self._pool.placement
+        largest = max(map(placement.block_bytes, range(len(placement.blocks))))
+        self._tables = find_tables(model, largest)
+        for table in self._tables:
+            own = []
+            for piece in table.pieces:
+                root = nn.ModuleDict({"piece": piece})
+                self._add_block(_Block(root, [Unit("piece", piece)], None, not table.is_head))
+                if not self.is_placeholder(piece):
+                    own.append(piece)
+            table.load_into(own)
+            if not own:
+                self._placeholder_modules.update(map(id, table.modules))
+            if table.is_head:
+                required.apply([head_hook(table)])
 
     def _add_block(self, block: _Block) -> None:
         """While the model is built: no rank ever holds more than its own blocks and one more."""
         tensors = block.tensors()
         layout = make_layout(tensors.items())
-        index = self._pool.add_block(layout.num_bytes, block.layer)
+        index = self._pool.add_block(layout.num_bytes, block.layer, in_place=block.in_place)
         self._blocks.append(block)
-        if not self._pool.owns(index):
+        is_own = self._pool.owns(index)
+        if not self._loads_in_place:
+            for unit in block.units:
+                self.processing.add(block.layer, unit.name, unit.module, is_own=is_own)
+        if not is_own:
             self._placeholder_modules.update(id(unit.module) for unit in block.units)
-            for name, tensor in tensors.items():
+            for name, tensor in tensors.items() if self._loads_in_place else ():
                 placeholders.make_placeholder(block.root, name, tensor)
             return
         self._layouts[index] = layout
@@ -130,14 +167,21 @@ class PoolOffloader(BaseOffloader):
             self._lay_out()
         for index, layout in self._layouts.items():
             self._view(self._blocks[index], layout, layout.views(self._memory[index]))
-        modules = [unit.module for block in self._blocks for unit in block.units]
-        pooled_units = self._pooled_unit_list()
+        units = self._units()
+        pooled_units = [
+            pooled_unit(unit, number, index, is_last=unit is self._blocks[index].units[-1])
+            for number, (index, unit) in enumerate(units)
+        ]
         execution = self._meet_peers(pooled_units)
         slots = self._pool.start()
+        for index in self._pool.placement.in_place:
+            if not self._pool.owns(index):
+                slots[index] = self._pool.views_in_place(index)
         for index, views in slots.items():
             self._adopt(self._blocks[index], self._pool.layouts[index], views)
-        for module, pooled in zip(modules, pooled_units, strict=True):
-            module.forward = partial(execution.run, pooled)
+        for (_, unit), pooled in zip(units, pooled_units, strict=True):
+            unit.module.forward = partial(execution.run, pooled)
+        self._gather_embedding()
         placement, rank = self._pool.placement, self._pool.rank
         cpu_memory.charge_pool(
             placement.owned_bytes(rank) + placement.cache_bytes(rank) + execution.staging_bytes
@@ -170,22 +214,39 @@ class PoolOffloader(BaseOffloader):
             placeholders.view_pool(block.root, spec.name, view, is_parameter=spec.is_parameter)
 
     def _adopt(self, block: _Block, layout: BlockLayout, views: dict[str, torch.Tensor]) -> None:
-        """Another rank's block takes the form that its owner's has, whatever it was built as."""
-        for name, tensor in block.tensors().items():
+        """Another rank's block has the form that its owner's has."""
+        tensors = block.tensors()
+        forms = {name: _form(tensor) for name, tensor in tensors.items()}
+        if forms != {name: _form(view) for name, view in views.items()}:
+            raise SidpError(
+                f"--sidp: layer {block.layer} has another form at the rank that owns it"
+            )
+        for name, tensor in tensors.items():
             if not tensor.is_meta:
                 raise SidpError(f"--sidp: {name} of another rank's layer was materialised")
             self.unmaterialised += 1
-            if name not in {spec.name for spec in layout.tensors}:
-                placeholders.remove(block.root, name)
         self._view(block, layout, views)
 
-    def _pooled_unit_list(self) -> list[PooledUnit]:
-        """All units, numbered in the order of the forward pass."""
-        numbers = itertools.count()
+    def _gather_embedding(self) -> None:
+        """The first table is the embedding, or both."""
+        for table in self._tables[:1]:
+            blocks = [
+                index
+                for piece in table.pieces
+                for index, block in enumerate(self._blocks)
+                if block.units[0].module is piece
+            ]
+            table.gather_from(
+                [view for b in blocks for view in self._pool.views_in_place(b).values()]
+            )
+
+    def _units(self) -> list[tuple[int, Unit]]:
+        """All units with their blocks, in the order of the forward pass."""
         return [
-            pooled_unit(unit, next(numbers), index, is_last=unit is block.units[-1])
+            (index, unit)
             for index, block in enumerate(self._blocks)
             for unit in block.units
+            if not block.in_place
         ]
 
 

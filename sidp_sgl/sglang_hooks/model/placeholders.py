@@ -4,7 +4,7 @@ Models index `params_dict[name]` while loading, so a placeholder keeps the name 
 of what it stands for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -39,23 +39,26 @@ def replace(
     tensors[leaf] = new  # type: ignore[index, assignment]
 
 
-def remove(layer: nn.Module, name: str) -> None:
-    """Tensor `name` is not there any more."""
-    module, leaf = _owner_of(layer, name)
-    module._parameters.pop(leaf, None)
-    module._buffers.pop(leaf, None)
-
-
 def make_placeholder(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Turn a tensor into a meta tensor that refuses to be loaded."""
-
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise RuntimeError(f"{name} of a layer owned by another rank was read from the checkpoint")
-
     # Also where there was no loader: SGLang's default one would copy into nowhere in silence.
     is_parameter = isinstance(tensor, nn.Parameter)
     meta = torch.empty_like(tensor, device="meta", requires_grad=False)
-    replace(layer, name, meta, is_parameter=is_parameter, weight_loader=refuse)
+    replace(layer, name, meta, is_parameter=is_parameter, weight_loader=_refusal(name))
+
+
+def refuse_loading(parameter: torch.Tensor, name: str) -> None:
+    """The same for a parameter that stays as an object; SGLang's own classes keep their loader in a
+    field of another name."""
+    field = "_weight_loader" if "_weight_loader" in parameter.__dict__ else "weight_loader"
+    parameter.__dict__[field] = _refusal(name)
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(f"{name} of a layer owned by another rank was read from the checkpoint")
+
+    return refuse
 
 
 def give_memory_back(parameter: torch.Tensor) -> None:

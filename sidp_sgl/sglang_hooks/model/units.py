@@ -1,8 +1,8 @@
 """Finds the poolable units of a decoder layer by structure, not by a list of class names.
 
-A unit is a module whose tensors are pooled: the FFN, and with `linear` the attention's projections.
-They come in the order in which a layer's forward pass calls them, in the blocks that are fetched
-as a whole.
+A unit is a module whose tensors are pooled: the FFN; of a mixture its experts and its shared ones,
+while the router stays on every rank; and with `linear` the attention's projections. They come in
+the order in which a layer's forward pass calls them, in the blocks that are fetched as a whole.
 """
 
 import copy
@@ -16,7 +16,10 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import nn
 
+from sidp_sgl.config import FFN
 from sidp_sgl.errors import SidpError
+from sidp_sgl.sglang_hooks.model.experts import pooled_experts
+from sidp_sgl.sglang_hooks.model.tables import Piece
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
 
 
@@ -29,33 +32,29 @@ class Unit:
 
 
 def find_blocks(layer: nn.Module, index: int, pool: str) -> list[list[Unit]]:
-    """The blocks of decoder layer `index` for `--sidp-pool ffn` or `linear`, as lists of units.
+    """The blocks of decoder layer `index` for a `--sidp-pool`, as lists of units.
 
-    Raises SidpError where the layer has no recognisable FFN, or experts, or a unit of it can't be
-    computed without its TP group.
+    Raises SidpError where the layer has no recognisable FFN, or a unit of it can't be computed
+    without its TP group.
     """
     kind = type(layer).__name__
-    if any(isinstance(module, FusedMoE) for module in layer.modules()):
-        raise SidpError(
-            f"--sidp: layer {index} ({kind}) is a mixture of experts, which can't be pooled yet: "
-            "use a dense model, or start without --sidp"
-        )
     attention = [(n, m) for n, m in layer.named_children() if _contains(m, RadixAttention)]
-    ffns = [(n, m) for n, m in layer.named_children() if _is_ffn(m)]
-    if len(attention) != 1 or len(ffns) != 1:
+    ffns = [(n, m) for n, m in layer.named_children() if _is_ffn(m) or _contains(m, FusedMoE)]
+    if len(attention) != 1 or len(ffns) != 1 or _contains(attention[0][1], FusedMoE):
         raise SidpError(
             f"--sidp: layer {index} ({kind}) has {len(attention)} attention and {len(ffns)} FFN "
             "modules where one each is expected: this model can't be pooled, start without --sidp"
         )
     units = []
-    if pool == "linear":
-        name, module = attention[0]
-        units += [
-            Unit(f"{name}.{child_name}", child)
-            for child_name, child in module.named_children()
-            if isinstance(child, LinearBase)
-        ]
-    units.append(Unit(*ffns[0]))
+    if pool != FFN:
+        units += _projections(*attention[0])
+    units += _ffn_units(*ffns[0])
+    num_experts = sum(isinstance(module, FusedMoE) for module in layer.modules())
+    if num_experts != sum(isinstance(unit.module, FusedMoE) for unit in units) or num_experts > 1:
+        raise SidpError(
+            f"--sidp: layer {index} ({kind}) has its experts where a router and one set of experts "
+            "are expected: this model can't be pooled, start without --sidp"
+        )
     for unit in units:
         if any(_has_collective(linear) for linear in _linears(unit.module)):
             raise SidpError(
@@ -65,9 +64,50 @@ def find_blocks(layer: nn.Module, index: int, pool: str) -> list[list[Unit]]:
     return [units]
 
 
+def _projections(name: str, attention: nn.Module) -> list[Unit]:
+    """None of MLA's: SGLang folds them into other tensors, or reads them past their forward."""
+    if hasattr(attention, "kv_b_proj"):
+        return []
+    return [
+        Unit(f"{name}.{child_name}", child)
+        for child_name, child in attention.named_children()
+        if isinstance(child, LinearBase)
+    ]
+
+
+def _ffn_units(name: str, ffn: nn.Module) -> list[Unit]:
+    """Shared experts are called before the others."""
+    if _is_ffn(ffn):
+        return [Unit(name, ffn)]
+    children = [Unit(f"{name}.{n}", child) for n, child in ffn.named_children()]
+    shared = [unit for unit in children if _is_ffn(unit.module)]
+    return shared + [unit for unit in children if isinstance(unit.module, FusedMoE)]
+
+
+def use_one_stream(layer: nn.Module, units: list[Unit]) -> None:
+    """A slot is released where its last unit ends: no unit of the block may run beside it."""
+    for unit in units:
+        parent = layer.get_submodule(unit.name.rpartition(".")[0])
+        if getattr(parent, "alt_stream", None) is not None:
+            parent.alt_stream = None
+
+
 def pooled_unit(unit: Unit, number: int, block: int, *, is_last: bool) -> PooledUnit:
     """`unit` as the weight pool sees it; before its forward is wrapped."""
     module = unit.module
+    if isinstance(module, Piece):
+        table = module.weight
+        return PooledUnit(
+            number,
+            block,
+            is_last,
+            payload=(RowType(table.shape[1], table.dtype),),
+            result=RowType(module.num_rows, module.logits_dtype),
+            forward=module.forward,
+            partial=module.forward,
+        )
+    if isinstance(module, FusedMoE):
+        return pooled_experts(module, number, block, is_last=is_last)
     linears = _linears(module)
     is_linear = isinstance(module, LinearBase)
     if is_linear and module.skip_bias_add:
@@ -160,6 +200,7 @@ def _is_ffn(module: nn.Module) -> bool:
     linears = _linears(module)
     return (
         not _contains(module, RadixAttention)
+        and not _contains(module, FusedMoE)
         and len(linears) >= 2
         and isinstance(linears[-1], RowParallelLinear)
         and linears[-1].output_size == linears[0].input_size

@@ -64,7 +64,7 @@ class Prefetcher:
         self._is_replayed = False  # whether the latest step was a graph
         self.slots = [
             Slot(
-                transport.empty(slot_bytes),
+                transport.empty(slot_bytes).zero_(),  # timed before it is filled: no NaN may route
                 transport.event(),
                 transport.event(),
             )

@@ -86,6 +86,15 @@ def test_a_batch_that_is_best_sent(capsys: pytest.CaptureFixture[str]) -> None:
     assert settings_of(alone)["SiDP was TP1/DP8"]["runs"] == "was"
 
 
+def test_a_mixture_beside_its_rivals(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "plan", "DeepSeek-V3", "--gpu", "H200", "--tp", "1")
+    for label in ("DP8", "EP8, DP attention TP1/DP8", "DWDP DP8", "SiDP auto TP1/DP8"):
+        assert f"\n{label}  " in text
+    assert text.startswith("DeepSeek-V3 (671.03 B parameters, fp8) on 8 x H200")
+    assert "\nBest: EP8, DP attention TP1/DP8: SiDP is not worth it" in text and "Note" not in text
+    assert max(map(len, text.split("\nBest")[0].splitlines())) <= 110
+
+
 def test_one_gpu_has_nothing_to_share(capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_json(capsys, "plan", "Qwen3-8B", "--gpu", "H200", "--num-gpus", "1")
     assert [s["setting"] for s in plan["settings"]] == ["one GPU"]
@@ -142,6 +151,7 @@ def test_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ([*PLAN, "--tp", "2", "--dp", "2"], "--dp 2"),
         ([*PLAN, "--num-gpus", "3", "--tp", "3"], "--tp 3 does not divide"),
         ([*PLAN, "--slots", "0"], "--slots"),
+        (["plan", "Qwen3-235B-A22B-FP8", "--gpu", "H200", "--tp", "8"], "weight_block_size"),
         ([*PLAN, "--pool", "all"], "--pool"),
         ([*PLAN, "--dtype", "int4"], "--dtype"),
         ([*PLAN, "--hbm-gbps", "-1"], "--hbm-gbps"),

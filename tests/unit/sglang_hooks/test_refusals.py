@@ -15,6 +15,7 @@ import sglang
 from sidp_sgl.config import SidpConfig, flag_name
 from sidp_sgl.errors import SidpError, SidpUsageError
 from sidp_sgl.sglang_hooks import arguments, refusals, required
+from sidp_sgl.weightpool.placement import Placement
 from tests.support.checkpoints import write_checkpoint
 
 BAD_SETTINGS = [
@@ -39,7 +40,10 @@ BAD_SETTINGS = [
     ({"disaggregation_mode": "prefill"}, "--disaggregation-mode"),
     ({"use_ray": True}, "--use-ray"),
     ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
-    ({"quantization": "fp8"}, "--quantization"),
+    ({"enable_eplb": True}, "--enable-eplb"),
+    ({"ep_num_redundant_experts": 2}, "--ep-num-redundant-experts"),
+    ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend"),
+    ({"kt_weight_path": "x"}, "--kt-weight-path"),
     ({"load_format": "dummy"}, "--load-format"),
     ({"device": "cuda"}, "--device"),
     ({"sidp_colocate": True}, "--sidp-colocate"),
@@ -101,7 +105,9 @@ def test_rules_name_fields_that_sglang_has() -> None:
     assert {rule.field for rule in [*refusals.RULES, *refusals.TP_RULES]} <= fields
 
 
-def test_checkpoints_without_safetensors_or_quantised(tmp_path: Path, checkpoint: Path) -> None:
+def test_checkpoints_without_safetensors_or_quantised_otherwise(
+    tmp_path: Path, checkpoint: Path
+) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(checkpoint / "config.json", bare)
@@ -110,9 +116,12 @@ def test_checkpoints_without_safetensors_or_quantised(tmp_path: Path, checkpoint
     quantised = tmp_path / "quantised"
     shutil.copytree(checkpoint, quantised)
     config = json.loads((quantised / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (quantised / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SidpUsageError, match="quanti"):
+    with pytest.raises(
+        SidpUsageError,
+        match="is quantised by bitsandbytes, whose weights --sidp can't pool: use fp8",
+    ):
         start(quantised)
 
 
@@ -129,7 +138,7 @@ def test_warns_where_nothing_is_freed(
     warnings: list[str] = []
     monkeypatch.setattr(refusals.logger, "warning", lambda text, *_: warnings.append(text))
     config = SidpConfig(sidp=True, sidp_cache_slots=slots)
-    refusals.warn_of_no_gain(config, num_layers=8, num_ranks=2)
+    refusals.warn_of_no_gain(Placement.of([1] * 8, 2, config.sidp_cache_slots))
     assert bool(warnings) == warned
 
 

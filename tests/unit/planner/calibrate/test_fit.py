@@ -83,7 +83,7 @@ def measured(machine: Machine, num_ranks: int, noise: float = 0.0, seed: int = 0
     beside = alone + machine.copy_share * fetches
     ranks = RankPoints(
         gemms=[
-            GemmPoint(rows, *width, seen(gemm_seconds(machine, Gemm(*width), rows, "bf16")))
+            GemmPoint(rows, *width, seen(gemm_seconds(machine, Gemm(*width), rows)))
             for width in WIDTHS
             for rows in ROWS
         ],

@@ -45,7 +45,9 @@ def read(
             if path in placeholder_units:
                 placeholders.append(module)
         module_at(model, f"model.layers.{layer}.mlp.gate_up_proj")
-    reader = CheckpointReader(lambda module: any(module is one for one in placeholders))
+    reader = CheckpointReader(
+        lambda module: any(module is one for one in placeholders), lambda model: None
+    )
     with tempfile.TemporaryDirectory() as folder:
         names = sorted(tensors)
         files = []
@@ -91,7 +93,7 @@ def test_exactly_the_tensors_of_placeholder_units_are_skipped(
 def test_a_unit_at_the_root_is_skipped_too() -> None:
     model = nn.Module()
     model.mlp = nn.Module()
-    reader = CheckpointReader(lambda module: module is model.mlp)
+    reader = CheckpointReader(lambda module: module is model.mlp, lambda model: None)
     reader._load_weights_only(lambda _: None, model)
     assert reader._skipped is not None
     assert reader._skipped.match("mlp.down_proj.weight")
@@ -100,4 +102,4 @@ def test_a_unit_at_the_root_is_skipped_too() -> None:
 
 def test_reading_before_the_model_is_known_is_an_error() -> None:
     with pytest.raises(SidpError, match="before the model was known"):
-        next(CheckpointReader(lambda _: True)._read([]))
+        next(CheckpointReader(lambda _: True, lambda model: None)._read([]))

@@ -3,8 +3,9 @@ those of others take no memory until the slots take over, in the form that their
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.placement import Placement
 from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
-from tests.unit.sglang_hooks.model.test_units import Attention, Ffn, module
+from tests.unit.sglang_hooks.model.test_units import Attention, Ffn, Unquantised, module
 
 NUM_LAYERS = 4
 OWNERS = [0, 1, 0, 1]
@@ -30,6 +31,9 @@ def make_layers(num_layers: int = NUM_LAYERS) -> Iterator[nn.Module]:
         yield module(self_attn=module(attn=Attention()), mlp=ffn)
 
 
+built_layers = make_layers
+
+
 class Rank:
     """One rank's model, as SGLang builds and loads it."""
 
@@ -39,7 +43,8 @@ class Rank:
         )
         self.offloader = PoolOffloader(self.pool, "ffn", self._meet, loads_in_place=loads_in_place)
         self.peers: list[Rank] = []
-        self.layers = self.offloader.wrap_modules(make_layers())
+        self.layers = self.offloader.wrap_modules(built_layers())
+        self.offloader.before_loading(nn.ModuleList(self.layers))
 
     def _meet(self, units: list) -> UnitExecution:
         for peer in self.peers:
@@ -145,29 +150,76 @@ def test_a_tensor_of_another_form_is_refused_where_loading_is_in_place(
             both[0].offloader.post_init()
 
 
-def process(ffn: nn.Module) -> None:
-    """As quantised weights are after loading: another shape, layout and dtype, a scale beside it,
-    a parameter less, an empty one more."""
-    weight = ffn.down_proj.weight
-    scale = nn.Parameter(weight.abs().max().reshape(1), requires_grad=False)
-    ffn.down_proj.weight = nn.Parameter(weight.to(torch.int8).t(), requires_grad=False)
-    ffn.down_proj.register_parameter("weight_scale", scale)
-    ffn.down_proj.register_parameter("g_idx", nn.Parameter(torch.empty(0), requires_grad=False))
-    ffn.down_proj.register_buffer("codes", torch.arange(5, dtype=torch.uint8))
-    del ffn.table
+class Quantising(Unquantised):
+    """As quantised weights are after loading: another shape, layout and dtype, a scale beside it, a
+    parameter less, an empty one more. `makes`: attributes that processing makes besides."""
+
+    def __init__(self, makes: Callable[[nn.Module], dict[str, Any]] = lambda linear: {}) -> None:
+        self.makes = makes
+
+    def process_weights_after_loading(self, linear: nn.Module) -> None:
+        vars(linear).update(self.makes(linear))
+        weight = linear.weight
+        scale = nn.Parameter(weight.abs().max().reshape(1), requires_grad=False)
+        linear.weight = nn.Parameter(weight.to(torch.int8).t(), requires_grad=False)
+        linear.register_parameter("weight_scale", scale)
+        linear.register_parameter("g_idx", nn.Parameter(torch.empty(0), requires_grad=False))
+        linear.register_buffer("codes", torch.arange(5, dtype=torch.uint8))
+        del linear.more
 
 
-def test_others_take_over_the_form_that_their_owner_has_after_loading() -> None:
+def with_method(ffn: nn.Module, method: Quantising) -> nn.Module:
+    for linear in (ffn.gate_up_proj, ffn.down_proj):
+        linear.quant_method = method
+        linear.more = nn.Parameter(torch.ones(2), requires_grad=False)
+    return ffn
+
+
+@contextmanager
+def quantised_ranks(monkeypatch: pytest.MonkeyPatch, method: Quantising) -> Iterator[list[Rank]]:
+    def layers() -> Iterator[nn.Module]:
+        for layer in make_layers():
+            with_method(layer.mlp, method)
+            yield layer
+
+    monkeypatch.setattr(f"{__name__}.built_layers", layers)
     with ranks(loads_in_place=False) as both:
         for rank in both:
-            assert all(p.numel() for layer in rank.owned() for p in rank.weights(layer).values())
             load(rank)
-            for layer in rank.owned():
-                process(rank.ffn(layer))
-        expected = {
-            layer: dict(both[OWNERS[layer]].ffn(layer).state_dict()) for layer in range(NUM_LAYERS)
-        }
-        expected = copy.deepcopy(expected)
+        yield both
+
+
+def process(rank: Rank) -> None:
+    """SGLang's `postprocess_weights` as the rank hooks it."""
+
+    def modules_with_quant_method(model: nn.Module) -> Iterator[Any]:
+        for part in model.modules():
+            if (method := getattr(part, "quant_method", None)) is not None:
+                yield part, method
+
+    def postprocess(model: nn.Module, device: Any) -> None:
+        found = processing._without_foreign(modules_with_quant_method, model)
+        for part, method in found:
+            method.process_weights_after_loading(part)
+
+    processing = rank.offloader.processing
+    processing._postprocess(postprocess, nn.ModuleList(rank.layers), "cpu")
+
+
+def test_others_have_the_form_of_processed_weights_and_the_bytes_of_their_owner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    method = Quantising(lambda linear: {"workspace": torch.zeros(2), "num_bits": 8})
+    with quantised_ranks(monkeypatch, method) as both:
+        for rank in both:
+            for layer in range(NUM_LAYERS):
+                for parameter in rank.weights(layer).values():
+                    assert bool(parameter.numel()) == (layer in rank.owned())
+                    assert not parameter.is_meta, "some methods ask for the object"
+            process(rank)
+        expected = copy.deepcopy(
+            {n: dict(both[OWNERS[n]].ffn(n).state_dict()) for n in range(NUM_LAYERS)}
+        )
         for rank in both:  # what post_init does before the ranks meet
             rank.offloader._lay_out()
         for rank in both:
@@ -175,14 +227,51 @@ def test_others_take_over_the_form_that_their_owner_has_after_loading() -> None:
         for rank in both:
             for layer in range(NUM_LAYERS):
                 rank.pool.enter(layer)
-                state = rank.ffn(layer).state_dict()
+                ffn = rank.ffn(layer)
+                state = ffn.state_dict()
+                assert state.keys() == expected[layer].keys()
                 for name, tensor in expected[layer].items():
                     if tensor.numel():
                         assert torch.equal(state[name], tensor), (layer, name)
                         assert state[name].stride() == tensor.stride()
                         assert state[name].dtype == tensor.dtype
-                assert "table" not in state
+                assert ffn.down_proj.num_bits == 8 and ffn.down_proj.workspace.numel() == 2
                 rank.pool.leave(layer)
+
+
+@pytest.mark.parametrize(
+    "made", [lambda linear: linear.weight.sum(), lambda linear: float(linear.weight.sum())]
+)
+def test_what_is_made_of_weights_beside_parameters_is_refused(
+    made: Callable[[nn.Module], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = Quantising(lambda linear: {"folded": made(linear)})
+    with (
+        quantised_ranks(monkeypatch, method) as both,
+        pytest.raises(SidpError, match=r"folded of mlp\.\w+_proj is made from its weights"),
+    ):
+        process(both[0])
+
+
+def test_another_form_than_the_owner_s_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with quantised_ranks(monkeypatch, Quantising()) as both:
+        for rank in both:
+            process(rank)
+        other = both[0].ffn(1).down_proj
+        other.weight = nn.Parameter(other.weight.to(torch.uint8), requires_grad=False)
+        for rank in both:
+            rank.offloader._lay_out()
+        with pytest.raises(SidpError, match="layer 1 has another form at the rank that owns it"):
+            both[0].offloader.post_init()
+
+
+def test_nothing_is_loaded_into_what_is_processed_without_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with quantised_ranks(monkeypatch, Quantising()) as both:
+        parameter: Any = both[0].weights(1)["down_proj.weight"]
+        with pytest.raises(RuntimeError, match=r"mlp\.down_proj\.weight \(layer 1\) of a layer"):
+            parameter.weight_loader(parameter, torch.zeros(1))
 
 
 @pytest.mark.parametrize("num_layers", [3, 5])
@@ -198,7 +287,7 @@ def test_a_model_with_other_layers_than_its_config_says_is_refused(num_layers: i
 def test_layers_have_any_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """None in the first layer, two in the second, one in the others."""
     monkeypatch.setattr(
-        "tests.unit.sglang_hooks.model.test_offloader.make_layers",
+        f"{__name__}.built_layers",
         lambda: iter(
             [module(), module(mlp=Ffn(), mlp2=Ffn()), module(mlp=Ffn()), module(mlp=Ffn())]
         ),

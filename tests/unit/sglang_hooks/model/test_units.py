@@ -12,7 +12,7 @@ from torch import nn
 from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.model import placeholders
-from sidp_sgl.sglang_hooks.model.units import Unit, find_blocks, pooled_unit
+from sidp_sgl.sglang_hooks.model.units import Unit, find_blocks, pooled_unit, use_one_stream
 from sidp_sgl.weightpool.alignment import align
 from sidp_sgl.weightpool.cas.unit import RowType
 
@@ -109,7 +109,16 @@ def test_the_names_of_modules_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (decoder_layer(experts=Experts()), "layer 3 .* mixture of experts"),
+        (decoder_layer(experts=Experts()), "1 attention and 2 FFN"),
+        (module(self_attn=attention(), experts=Experts()), "where a router and one set of experts"),
+        (
+            module(self_attn=attention(), mlp=module(a=Experts(), b=Experts())),
+            "where a router and one set of experts",
+        ),
+        (
+            module(self_attn=attention(), mlp=module(inner=module(experts=Experts()))),
+            "where a router and one set of experts",
+        ),
         (decoder_layer(second_mlp=ffn()), "1 attention and 2 FFN"),
         (module(self_attn=attention()), "1 attention and 0 FFN"),
         (module(mlp=ffn()), "0 attention and 1 FFN"),
@@ -121,12 +130,44 @@ def test_the_names_of_modules_do_not_matter() -> None:
             "0 FFN",
         ),
     ],
-    ids=["experts", "two FFNs", "no FFN", "no attention", "another width"],
+    ids=[
+        "experts beside an FFN",
+        "experts alone",
+        "two sets",
+        "deep experts",
+        "two FFNs",
+        "no FFN",
+        "no attention",
+        "another width",
+    ],
 )
 def test_other_layers_are_refused_in_one_line(layer: nn.Module, reason: str) -> None:
     with pytest.raises(SidpError, match=reason) as raised:
         find_blocks(layer, 3, "ffn")
     assert "\n" not in str(raised.value)
+
+
+def mixture() -> nn.Module:
+    return module(gate=Linear(HIDDEN, 4), experts=Experts(), topk=nn.Module(), shared_expert=ffn())
+
+
+def test_of_a_mixture_the_shared_experts_come_first_and_the_router_stays() -> None:
+    ((shared, experts),) = find_blocks(module(self_attn=attention(), mlp=mixture()), 0, "ffn")
+    assert (shared.name, experts.name) == ("mlp.shared_expert", "mlp.experts")
+
+
+def test_a_mixture_runs_on_one_stream() -> None:
+    layer = module(self_attn=attention(), mlp=mixture())
+    layer.mlp.alt_stream = layer.self_attn.alt_stream = object()
+    use_one_stream(layer, find_blocks(layer, 0, "ffn")[0])
+    assert layer.mlp.alt_stream is None and layer.self_attn.alt_stream is not None
+
+
+def test_latent_attention_stays_on_every_rank() -> None:
+    layer = module(self_attn=attention(), mlp=ffn())
+    layer.self_attn.kv_b_proj = Linear(HIDDEN, HIDDEN)
+    ((unit,),) = find_blocks(layer, 0, "linear")
+    assert unit.name == "mlp"
 
 
 def weight_with_attributes(layer: nn.Module) -> nn.Parameter:
