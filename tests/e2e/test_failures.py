@@ -137,7 +137,7 @@ def test_a_checkpoint_that_can_not_be_loaded(traces: Traces, tmp_path: Path) -> 
     """Its tensors have other shapes than its config says."""
     write_checkpoint(tmp_path, "llama", num_layers=2)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     server = Server(tmp_path, "--skip-tokenizer-init")
     wait_for_ranks(server.process.pid, 2, START_SECONDS)
     traces.processes()
