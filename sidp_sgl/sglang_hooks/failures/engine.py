@@ -26,7 +26,7 @@ from sidp_sgl.scheduler.lifecycle.liveness import (
 )
 from sidp_sgl.scheduler.member import members
 from sidp_sgl.sglang_hooks import arguments, required
-from sidp_sgl.sglang_hooks.failures import guards, pending, signals
+from sidp_sgl.sglang_hooks.failures import guards, pending, signals, sockets
 from sidp_sgl.sglang_hooks.required import Hook
 
 logger = logging.getLogger(__name__)
@@ -59,9 +59,10 @@ def _launch(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     # cuda.tile would make a directory per process, which a process that is killed leaves.
     os.environ.setdefault("CUDA_TILE_TEMP_DIR", tempfile.gettempdir())
     try:
-        launched = original(cls, *args, **kwargs)
-        parallel = get_parallel()
-        guard.ready(members(parallel.num_dp_ranks, parallel.tp_size))
+        with sockets.closed_on_failure():
+            launched = original(cls, *args, **kwargs)
+            parallel = get_parallel()
+            guard.ready(members(parallel.num_dp_ranks, parallel.tp_size))
     except BaseException as error:
         failure = None if isinstance(error, KeyboardInterrupt) else guard.explanation()
         guard.close()

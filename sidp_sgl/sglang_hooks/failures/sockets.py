@@ -6,6 +6,8 @@ Abstract sockets and anonymous files go with the last process that uses them.
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sidp_sgl.sglang_hooks import arguments, required
 from sidp_sgl.sglang_hooks.required import Hook
+
+_made: list[zmq.Socket] | None = None  # by the launch that is under way
 
 
 def _make_addresses(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -45,9 +49,28 @@ def _path_of_snapshot(original: Any, instance_id: str) -> str:
     return instance_id if instance_id.startswith("/proc/") else original(instance_id)
 
 
-def _refuse_other_users(_: Any, socket: zmq.Socket, *__: Any) -> None:
+def _take(_: Any, socket: zmq.Socket, *__: Any) -> None:
     """`config_socket`, before a socket is bound: an abstract one has no permissions."""
     socket.set(zmq.IPC_FILTER_UID, os.getuid())
+    if _made is not None:
+        _made.append(socket)
+
+
+@contextmanager
+def closed_on_failure() -> Iterator[None]:
+    """Sockets that are made inside are closed where it ends in an error: what SGLang has made so
+    far is garbage then, and to collect a context whose sockets are open is to wait for ever."""
+    global _made
+    made: list[zmq.Socket] = []
+    _made = made
+    try:
+        yield
+    except BaseException:
+        for socket in made:
+            socket.close(linger=0)
+        raise
+    finally:
+        _made = None
 
 
 def hide_names() -> None:
@@ -64,5 +87,5 @@ _HOOKS = [
         _path_of_snapshot,
         HookType.AROUND,
     ),
-    Hook("sglang.srt.utils.network.config_socket", _refuse_other_users, HookType.AFTER),
+    Hook("sglang.srt.utils.network.config_socket", _take, HookType.AFTER),
 ]

@@ -75,10 +75,27 @@ def test_only_the_own_user_can_connect(is_own: bool, monkeypatch: pytest.MonkeyP
     user = os.getuid() if is_own else os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: user)
     with zmq.Context() as context, context.socket(zmq.PULL) as ours:
-        sockets._refuse_other_users(None, ours, zmq.PULL)
+        sockets._take(None, ours, zmq.PULL)
         ours.bind(address)
         with context.socket(zmq.PUSH) as theirs:
             theirs.set(zmq.LINGER, 0)
             theirs.connect(address)
             theirs.send(b"")
             assert bool(ours.poll(10_000 if is_own else 500)) == is_own
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_a_failed_launch_has_opened_is_closed(fails: bool) -> None:
+    """Whoever collects the context does not wait for its sockets."""
+    context = zmq.Context()
+    before, inside = context.socket(zmq.PUSH), context.socket(zmq.PUSH)
+    sockets._take(None, before)
+    try:
+        with sockets.closed_on_failure():
+            sockets._take(None, inside)
+            if fails:
+                raise RuntimeError
+    except RuntimeError:
+        pass
+    assert inside.closed == fails and not before.closed
+    context.destroy(linger=0)
