@@ -20,7 +20,7 @@ from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.cuda.refusals import check_device
 from sidp_sgl.sglang_hooks.model.headers import check_files
-from sidp_sgl.sglang_hooks.model.slots import num_slots
+from sidp_sgl.sglang_hooks.model.slots import has_experts, num_slots
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.weightpool.placement import Placement
 
@@ -88,6 +88,9 @@ QUANTISATIONS = (
     "fp8", "w8a8_fp8", "w8a8_int8", "awq", "awq_marlin", "gptq_marlin", "compressed-tensors",
 )  # fmt: skip
 
+# For which the CPU platform has products.
+CPU_QUANTISATIONS = ("fp8", "w8a8_int8", "awq", "compressed-tensors")
+
 # The same with --tp-size above 1.
 TP_RULES = [
     Rule("enable_layernorm_sp", bool, "--enable-layernorm-sp",
@@ -148,12 +151,7 @@ def check_model(server_args: Any, config: SidpConfig) -> None:
     if model.is_dir():
         check_files(model)
     model_config = model_config_of(server_args)
-    method = model_config.quantization
-    if method is not None and method not in QUANTISATIONS:
-        raise SidpUsageError(
-            f"--model-path {model} is quantised by {method}, whose weights --sidp can't pool: use "
-            f"{', '.join(QUANTISATIONS)} or an unquantised checkpoint, or drop --sidp"
-        )
+    check_quantisation(model_config, cfg.device)
     # As if all blocks were alike, before their sizes are known: one byte each.
     placement = Placement.of(
         [1] * model_config.num_hidden_layers,
@@ -163,6 +161,31 @@ def check_model(server_args: Any, config: SidpConfig) -> None:
     )
     check_slots(config, placement)
     warn_of_no_gain(placement)
+
+
+def check_quantisation(model_config: Any, device: str) -> None:
+    """Raise SidpUsageError for a quantised model whose weights can't be pooled, or multiplied."""
+    method, model = model_config.quantization, model_config.model_path
+    if method is None:
+        return
+    if method not in QUANTISATIONS:
+        raise SidpUsageError(
+            f"--model-path {model} is quantised by {method}, whose weights --sidp can't pool: use "
+            f"{', '.join(QUANTISATIONS)} or an unquantised checkpoint, or drop --sidp"
+        )
+    if device != "cpu":
+        return
+    if method not in CPU_QUANTISATIONS:
+        raise SidpUsageError(
+            f"--model-path {model} is quantised by {method}, which does not run on --device cpu: "
+            f"use {', '.join(CPU_QUANTISATIONS)} or an unquantised checkpoint"
+        )
+    settings = getattr(model_config.hf_config, "quantization_config", None) or {}
+    if has_experts(model_config.hf_text_config) and not settings.get("weight_block_size"):
+        raise SidpUsageError(
+            f"--model-path {model} has experts quantised otherwise than by FP8 blocks, which does "
+            "not run on --device cpu: use such a checkpoint, or an unquantised one"
+        )
 
 
 def check_slots(config: SidpConfig, placement: Placement) -> None:

@@ -34,7 +34,7 @@ class Placement:
     kind: str = "interleaved"
     num_layers: int = 0  # that there will be, with any number of blocks each
     blocks: tuple[tuple[Stripe, ...], ...] = ()
-    in_place: frozenset[int] = frozenset()  # blocks that others read where they lie
+    unfetched: frozenset[int] = frozenset()  # blocks that others read where they lie
 
     @classmethod
     def of(
@@ -54,16 +54,17 @@ class Placement:
         return cls(num_ranks, num_slots or DEFAULT_SLOTS, kind, len(sizes), tuple(stripes))
 
     def with_block(
-        self, num_bytes: int, layer: int | None, *, in_place: bool = False
+        self, num_bytes: int, layer: int | None, *, is_fetched: bool = True
     ) -> "Placement":
         """With one more block at the end of the forward pass, in one stripe. `layer`: that it
-        belongs to; None for a block that is no layer's. `in_place`: it is never fetched."""
+        belongs to; None for a block that is no layer's. `is_fetched`: else it is read where it
+        lies."""
         owned = [self.owned_bytes(rank) for rank in range(self.num_ranks)]
         owner = _next_owner(self.kind, layer, self.num_layers, owned)
         return replace(
             self,
             blocks=(*self.blocks, (Stripe(owner, 0, num_bytes),)),
-            in_place=self.in_place | ({len(self.blocks)} if in_place else frozenset()),
+            unfetched=self.unfetched | (frozenset() if is_fetched else {len(self.blocks)}),
         )
 
     def with_stripes(self, block: int, stripes: Iterable[Stripe]) -> "Placement":
@@ -99,7 +100,7 @@ class Placement:
         return [
             block
             for block in range(len(self.blocks))
-            if not self.owns(rank, block) and block not in self.in_place
+            if not self.owns(rank, block) and block not in self.unfetched
         ]
 
     def asked(self, rank: int) -> list[int]:

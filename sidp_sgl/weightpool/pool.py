@@ -36,9 +36,9 @@ class WeightPool:
     _step: CapturedStep | None = None
     _captured: CapturedStep | None = None  # the same, while a step is captured into a CUDA graph
 
-    def add_block(self, num_bytes: int, layer: int | None, *, in_place: bool = False) -> int:
+    def add_block(self, num_bytes: int, layer: int | None, *, is_fetched: bool = True) -> int:
         """The next block of the forward pass, as `Placement.with_block`; returns its index."""
-        self.placement = self.placement.with_block(num_bytes, layer, in_place=in_place)
+        self.placement = self.placement.with_block(num_bytes, layer, is_fetched=is_fetched)
         return len(self.placement.blocks) - 1
 
     def owns(self, block: int) -> bool:
@@ -106,7 +106,7 @@ class WeightPool:
         for block_id, (start, stripes) in self._offsets_of(owner).items():
             self._add_stripes(block_id, owner, memory[start:], stripes)
 
-    def views_in_place(self, block: int) -> dict[str, torch.Tensor]:
+    def owner_views(self, block: int) -> dict[str, torch.Tensor]:
         """Name → view of a block where its owner has it; not to be written."""
         (stripe,) = self._stripes[block]
         return self.layouts[block].views(stripe.data)

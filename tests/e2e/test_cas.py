@@ -44,7 +44,7 @@ CASES = [
     pytest.param(Case(Model("qwen2", 7, True), 4, "ffn", "cas", 3), marks=pytest.mark.thorough),
     pytest.param(
         Case(Model("qwen3", 8, True), 2, "linear", "auto", 2, Disturbances(switch_every=3)),
-        marks=pytest.mark.thorough,  # test_tp and test_quantised have their like
+        marks=pytest.mark.thorough,  # test_tp and test_models have their like
     ),
 ]
 

@@ -23,6 +23,7 @@ _MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size":
 # Latent attention, the first layer dense, shared experts.
 _DEEPSEEK: dict[str, Any] = {
     "num_key_value_heads": 4,
+    "head_dim": 16,  # of what is rotated
     "moe_intermediate_size": 32,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,

@@ -17,7 +17,6 @@ from sidp_sgl.sglang_hooks.required import Hook
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight values in 32 bits
-METHODS = ("fp8", "w8a8_int8", "awq", "compressed-tensors")
 
 
 def _quantise_fp8(

@@ -41,7 +41,7 @@ class _Block:
     root: nn.Module
     units: list[Unit]
     layer: int | None  # that it belongs to, if any
-    in_place: bool = False  # read where it lies, and no unit of the forward pass
+    is_fetched: bool = True  # else others read it where it lies, and no unit is called
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return dict(placeholders.named_tensors([(unit.name, unit.module) for unit in self.units]))
@@ -117,7 +117,7 @@ class PoolOffloader(BaseOffloader):
             own = []
             for piece in table.pieces:
                 root = nn.ModuleDict({"piece": piece})
-                self._add_block(_Block(root, [Unit("piece", piece)], None, not table.is_head))
+                self._add_block(_Block(root, [Unit("piece", piece)], None, table.is_head))
                 if not self.is_placeholder(piece):
                     own.append(piece)
             table.load_into(own)
@@ -130,7 +130,7 @@ class PoolOffloader(BaseOffloader):
         """While the model is built: no rank ever holds more than its own blocks and one more."""
         tensors = block.tensors()
         layout = make_layout(tensors.items())
-        index = self._pool.add_block(layout.num_bytes, block.layer, in_place=block.in_place)
+        index = self._pool.add_block(layout.num_bytes, block.layer, is_fetched=block.is_fetched)
         self._blocks.append(block)
         is_own = self._pool.owns(index)
         if not self._loads_in_place:
@@ -174,9 +174,9 @@ class PoolOffloader(BaseOffloader):
         ]
         execution = self._meet_peers(pooled_units)
         slots = self._pool.start()
-        for index in self._pool.placement.in_place:
+        for index in self._pool.placement.unfetched:
             if not self._pool.owns(index):
-                slots[index] = self._pool.views_in_place(index)
+                slots[index] = self._pool.owner_views(index)
         for index, views in slots.items():
             self._adopt(self._blocks[index], self._pool.layouts[index], views)
         for (_, unit), pooled in zip(units, pooled_units, strict=True):
@@ -236,9 +236,7 @@ class PoolOffloader(BaseOffloader):
                 for index, block in enumerate(self._blocks)
                 if block.units[0].module is piece
             ]
-            table.gather_from(
-                [view for b in blocks for view in self._pool.views_in_place(b).values()]
-            )
+            table.gather_from([view for b in blocks for view in self._pool.owner_views(b).values()])
 
     def _units(self) -> list[tuple[int, Unit]]:
         """All units with their blocks, in the order of the forward pass."""
@@ -246,7 +244,7 @@ class PoolOffloader(BaseOffloader):
             (index, unit)
             for index, block in enumerate(self._blocks)
             for unit in block.units
-            if not block.in_place
+            if block.is_fetched
         ]
 
 

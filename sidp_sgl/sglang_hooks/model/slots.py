@@ -10,5 +10,9 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of Hu
 
 def num_slots(config: SidpConfig, hf_config: Any) -> int:
     """Of a rank with the model that `hf_config` describes."""
-    has_experts = any((getattr(hf_config, name, None) or 0) > 1 for name in _NUM_EXPERTS)
-    return config.sidp_cache_slots or (EXPERT_SLOTS if has_experts else DEFAULT_SLOTS)
+    return config.sidp_cache_slots or (EXPERT_SLOTS if has_experts(hf_config) else DEFAULT_SLOTS)
+
+
+def has_experts(hf_config: Any) -> bool:
+    """Whether layers of the model are mixtures."""
+    return any((getattr(hf_config, name, None) or 0) > 1 for name in _NUM_EXPERTS)

@@ -21,6 +21,7 @@ from torch import nn
 
 from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.required import Hook
+from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
 
 _ROWS = 64  # a piece has a multiple of so many
 
@@ -45,6 +46,19 @@ class Piece(nn.Module):
         is_cuda = self.weight.is_cuda
         as_float = processor.use_fp32_lm_head or (is_cuda and processor.use_fp32_lm_head_output)
         return torch.float32 if as_float else self.weight.dtype
+
+
+def pooled_piece(piece: Piece, number: int, block: int, *, is_last: bool) -> PooledUnit:
+    """A piece of the head as the weight pool sees it."""
+    return PooledUnit(
+        number,
+        block,
+        is_last,
+        payload=(RowType(piece.weight.shape[1], piece.weight.dtype),),
+        result=RowType(piece.num_rows, piece.logits_dtype),
+        forward=piece.forward,
+        partial=piece.forward,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import nn
 from sidp_sgl.config import FFN
 from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.model.experts import pooled_experts
-from sidp_sgl.sglang_hooks.model.tables import Piece
+from sidp_sgl.sglang_hooks.model.tables import Piece, pooled_piece
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType
 
 
@@ -96,16 +96,7 @@ def pooled_unit(unit: Unit, number: int, block: int, *, is_last: bool) -> Pooled
     """`unit` as the weight pool sees it; before its forward is wrapped."""
     module = unit.module
     if isinstance(module, Piece):
-        table = module.weight
-        return PooledUnit(
-            number,
-            block,
-            is_last,
-            payload=(RowType(table.shape[1], table.dtype),),
-            result=RowType(module.num_rows, module.logits_dtype),
-            forward=module.forward,
-            partial=module.forward,
-        )
+        return pooled_piece(module, number, block, is_last=is_last)
     if isinstance(module, FusedMoE):
         return pooled_experts(module, number, block, is_last=is_last)
     linears = _linears(module)
