@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from bench.simulator import Job, Lengths, Report, Settings, make_requests, simulate
-from sidp_sgl.planner.candidates import deployments
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.gpus import find_gpu
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import load_model
-from sidp_sgl.planner.plan import Workload, estimate
+from sidp_sgl.planner.plan.candidates import deployments
+from sidp_sgl.planner.plan.comparison import Workload, estimate
 
 MODELS = ("Qwen3-32B", "Qwen2.5-72B", "Llama-3.1-70B")
 GPUS = ("H20", "H200", "B200")

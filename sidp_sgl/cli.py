@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sidp_sgl.errors import SidpUsageError
 
 COMMANDS = {
-    "plan": ("sidp_sgl.planner.plan_command", "is SiDP worth it, and with which settings?"),
+    "plan": ("sidp_sgl.planner.plan.command", "is SiDP worth it, and with which settings?"),
     "calibrate": (
         "sidp_sgl.planner.calibrate.command",
         "measure this machine for plan and simulator",

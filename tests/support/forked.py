@@ -35,7 +35,10 @@ IMPORTED = (
     "sglang.srt.managers.data_parallel_controller",
 )
 # Nothing reads these while it is imported; a template serves whatever their values are.
-LATE = ("SIDP_", "PYTEST_", "SGLANG_CPU_OMP_THREADS_BIND")
+LATE = (
+    *("SIDP_", "PYTEST_", "PYTHONPATH", "SGLANG_RUN_ID", "SGLANG_CPU_OMP_THREADS_BIND"),
+    "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER",
+)
 STANDARD = (0, 1, 2)
 ABOVE_ALL = 512  # descriptors from here on are not those that a process expects
 LONGEST = 1 << 20  # bytes of a request

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.planner.candidates import deployments
 from sidp_sgl.planner.deployment import DP_ATTENTION, DWDP, REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.gpus import find_gpu
 from sidp_sgl.planner.group_times import GroupTimes, Pooling
 from sidp_sgl.planner.machine import EAGER_LAYER_SECONDS, Machine
 from sidp_sgl.planner.models import load_model
+from sidp_sgl.planner.plan.candidates import deployments
 from sidp_sgl.planner.time_model import RankTimes, Work
 from sidp_sgl.planner.weights import Split, units
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidp_sgl.planner.candidates import deployments
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.gpus import GPUS
 from sidp_sgl.planner.group_times import GroupTimes, Pooling
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import ModelShape, load_model
+from sidp_sgl.planner.plan.candidates import deployments
 from sidp_sgl.planner.prefetch_factor import LOADS, Prefetch, was_factor
 from sidp_sgl.planner.time_model import RankTimes, Work, experts_share
 from sidp_sgl.planner.weights import Split

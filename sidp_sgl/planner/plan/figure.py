@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sidp_sgl.errors import SidpUsageError
-from sidp_sgl.planner.plan import Plan
+from sidp_sgl.planner.plan.comparison import Plan
 
 _COLOURS = {"plain": "#444444", "fetch": "#999999", "was": "#1f77b4", "cas": "#d62728"}
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sidp_sgl.planner.plan import Estimate, Plan
-from sidp_sgl.planner.reason import notes, reason
+from sidp_sgl.planner.plan.comparison import Estimate, Plan
+from sidp_sgl.planner.plan.reason import notes, reason
 from sidp_sgl.planner.weights import kv_bytes, num_parameters, part_bytes
 
 _SETTINGS = ("setting", "weights", "KV", "KV tokens", "fit", "run", "step", "fetch", "thresh-")

@@ -15,8 +15,8 @@ from sidp_sgl.planner.deployment import Node
 from sidp_sgl.planner.gpus import GPUS, Gpu, find_gpu, read_gpu, with_figures
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import DTYPES, built_in_names, load_model
-from sidp_sgl.planner.plan import Plan, Workload, make_plan
-from sidp_sgl.planner.report import as_json, as_text
+from sidp_sgl.planner.plan.comparison import Plan, Workload, make_plan
+from sidp_sgl.planner.plan.report import as_json, as_text
 
 _MAX_GPUS = 72  # of one NVLink domain
 _FIGURES = ("memory_gb", "hbm_gbps", "bf16_tflops", "fp8_tflops", "nvlink_gbps", "pcie_gbps")
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     args = _parser().parse_args(arguments)
     plan = plan_of(args)
     if args.plot:
-        from sidp_sgl.planner.plan_figure import draw
+        from sidp_sgl.planner.plan.figure import draw
 
         draw(plan, args.plot)
     print(json.dumps(as_json(plan), indent=1) if args.json else as_text(plan))

@@ -1,7 +1,7 @@
 """The plan in one sentence: which setting, and why; and what to know beside it."""
 
 from sidp_sgl.planner.deployment import SHARDED_GPU
-from sidp_sgl.planner.plan import Estimate, Plan
+from sidp_sgl.planner.plan.comparison import Estimate, Plan
 from sidp_sgl.scheduler.modes.policy import CAS
 
 _LITTLE = 1.15  # times the KV cache: what batches hardly feel

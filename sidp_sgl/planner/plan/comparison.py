@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from sidp_sgl.errors import SidpUsageError
-from sidp_sgl.planner.candidates import deployments
 from sidp_sgl.planner.deployment import SIDP, Deployment, Node
+from sidp_sgl.planner.plan.candidates import deployments
 from sidp_sgl.planner.time_model import Work
 from sidp_sgl.scheduler.modes.policy import AUTO, CAS
 from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
