@@ -186,6 +186,12 @@ def check_quantisation(model_config: Any, device: str) -> None:
             f"--model-path {model} has experts quantised otherwise than by FP8 blocks, which does "
             "not run on --device cpu: use such a checkpoint, or an unquantised one"
         )
+    groups = (settings.get("config_groups") or {}).values()
+    if any(group["weights"]["num_bits"] != 8 for group in groups):
+        raise SidpUsageError(
+            f"--model-path {model} has weights of fewer than 8 bits by {method}, which do not run "
+            "on --device cpu: use 8 bits, or an unquantised checkpoint"
+        )
 
 
 def check_slots(config: SidpConfig, placement: Placement) -> None:

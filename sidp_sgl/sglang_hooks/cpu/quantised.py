@@ -109,8 +109,16 @@ def _awq_dequantise(
     return (unpacked(qweight) - zeros).to(scales.dtype) * steps
 
 
+def _scheme_is_supported(
+    original: Any, config: object, min_capability: int, error: bool = True
+) -> bool:
+    """SGLang asks the GPU; what has no product here is refused before (`CPU_QUANTISATIONS`)."""
+    return True
+
+
 _QUANTIZATION = "sglang.srt.layers.quantization"
-_SCHEMES = f"{_QUANTIZATION}.compressed_tensors.schemes"
+_COMPRESSED = f"{_QUANTIZATION}.compressed_tensors"
+_SCHEMES = f"{_COMPRESSED}.schemes"
 HOOKS = [
     Hook(target, function, HookType.AROUND)
     for target, function in (
@@ -118,6 +126,10 @@ HOOKS = [
         (f"{_QUANTIZATION}.fp8.Fp8LinearMethod.apply", _fp8_apply),
         (f"{_QUANTIZATION}.fp8.Fp8MoEMethod.apply", _fp8_moe_apply),
         (f"{_QUANTIZATION}.w8a8_int8.W8A8Int8LinearMethod.apply", _int8_apply),
+        (
+            f"{_COMPRESSED}.compressed_tensors.CompressedTensorsConfig._check_scheme_supported",
+            _scheme_is_supported,
+        ),
         (
             f"{_SCHEMES}.compressed_tensors_w8a8_fp8.CompressedTensorsW8A8Fp8.apply_weights",
             _compressed_fp8_apply,
