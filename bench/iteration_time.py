@@ -23,7 +23,7 @@ from bench.iteration_report import crossing, draw, summary, table
 from bench.record import over, record, spread
 from bench.side import Side, rotated
 from bench.tables import plain
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
+from sidp_sgl.weightpool.cas.staging import MOST_ROWS
 
 DP_SIZE = 2
 SIDES = ["plain", "was", "cas", "auto"]
@@ -32,7 +32,7 @@ REPEATS = 9
 FETCH_OVER_STEP = 5.0  # of a plain rank at batch 1
 LEARNING_STEPS = 96  # of auto; its threshold follows every 8 steps
 WARM_UP_STEPS = 8  # of every run; a change of mode takes four
-THRESHOLDS = {"was": 1, "cas": ROWS_PER_RANK + 1, "auto": 0}  # 0: as the ranks measure it
+THRESHOLDS = {"was": 1, "cas": MOST_ROWS + 1, "auto": 0}  # 0: as the ranks measure it
 
 
 def keywords(gbps: float | None) -> dict[str, Any]:

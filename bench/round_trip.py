@@ -88,7 +88,7 @@ def spin() -> None:
 def own_owner(pipe: Connection, staging: Staging, computes: bool, switch_interval: float) -> None:
     on_core(1)
     sys.setswitchinterval(switch_interval)
-    calls = TimedCalls(1, 2, staging.inbox_bytes, staging.results_bytes)
+    calls = TimedCalls(1, staging)
     pipe.send([DupFd(fd) for fd in calls.export()])
     calls.connect(0, [fd.detach() for fd in pipe.recv()])
     Service(calls, {0: ffn_unit()}).start()
@@ -121,7 +121,7 @@ def measure(situation: str, num_rows: int, args: argparse.Namespace) -> dict[str
     for process in processes:
         process.start()
     try:
-        calls = TimedCalls(0, 2, staging.inbox_bytes, staging.results_bytes)
+        calls = TimedCalls(0, staging)
         theirs = [fd.detach() for fd in pipe.recv()]
         pipe.send([DupFd(fd) for fd in calls.export()])
         calls.connect(1, theirs)

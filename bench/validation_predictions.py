@@ -7,7 +7,6 @@ from bench.simulator import Request, Settings, simulate
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment, Node
 from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import ModelShape
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 
 
 class Predictions:
@@ -57,7 +56,8 @@ class Predictions:
         return furthest
 
     def _threshold(self, node: Node, context: float) -> int:
-        return self._deployment(node, "auto").group.threshold(context, ROWS_PER_RANK)
+        group = self._deployment(node, "auto").group
+        return group.threshold(context, group.staging.rows_per_rank)
 
     def _deployment(self, node: Node, side: str) -> Deployment:
         if side == "plain":

@@ -47,7 +47,7 @@ from sidp_sgl.sglang_hooks.status.updates import UpdateHooks
 from sidp_sgl.sglang_hooks.step.rank_steps import FollowerSteps, RankSteps
 from sidp_sgl.sglang_hooks.step.shared_mode import SharedMode
 from sidp_sgl.weightpool.cas.endpoint import CasEndpoint, no_counters
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, make_staging
+from sidp_sgl.weightpool.cas.staging import make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.placement import Placement
@@ -137,7 +137,6 @@ class Rank:
                 self.dp_rank,
                 self.dp_size,
                 config.engine,
-                ROWS_PER_RANK,
                 self.service_share,
             )
         self.cas: CasEndpoint | None = None
@@ -189,6 +188,7 @@ class Rank:
             descriptors = descriptors + self.cas.mailbox.export()
             if self.control is not None:
                 self.control.modes.leases.need(self.pool.placement.asked(self.dp_rank))
+                self.control.allow(self.cas.requester.staging.rows_per_rank)
         own = Offer(self.member, self.fingerprint(), self.pool.offer(), descriptors)
         for rank, offer in exchange(self.config.engine, own, self.dp_size).items():
             theirs = offer.file_descriptors
@@ -201,10 +201,15 @@ class Rank:
         return self.execution
 
     def _cas_endpoint(self, units: list[PooledUnit]) -> CasEndpoint:
-        num_stripes = self.pool.placement.num_stripes
-        staging = make_staging((unit.row_bytes for unit in units), self.dp_size, num_stripes)
+        placement = self.pool.placement
+        staging = make_staging(
+            (unit.row_bytes for unit in units),
+            self.dp_size,
+            placement.num_stripes,
+            max(map(placement.block_bytes, range(len(placement.blocks))), default=0),
+        )
         transport = self.pool.transport
-        mailbox = make_mailbox(transport, self.dp_rank, self.dp_size, staging, self.graphs)
+        mailbox = make_mailbox(transport, self.dp_rank, staging, self.graphs)
         owned = [unit for unit in units if self.pool.owns(unit.block)]
         return CasEndpoint(mailbox, staging, owned, self.service_share.add)
 

@@ -40,8 +40,7 @@ def _correct(rank: Rank, gpu: Gpu) -> dict[str, Any]:
         for number, weight in enumerate(weights)
     ]
     staging = make_staging((unit.row_bytes for unit in units), rank.num_ranks)
-    sizes = staging.inbox_bytes, staging.results_bytes
-    calls = CudaMailbox(gpu.driver(), rank.number, rank.num_ranks, *sizes)
+    calls = CudaMailbox(gpu.driver(), rank.number, staging)
     for peer, (_, descriptors) in rank.exchange(None, calls.export()).items():
         calls.connect(peer, descriptors)
     endpoint = CasEndpoint(calls, staging, [units[rank.number]])
@@ -103,8 +102,7 @@ def _remote(gpu: Gpu, width: int, compute: Any, rows: torch.Tensor) -> tuple[flo
     """Seconds of a call between two ends of this process, and whether its result is right."""
     unit = _unit(0, width, torch.bfloat16, compute)
     staging = make_staging([unit.row_bytes], 2)
-    sizes = staging.inbox_bytes, staging.results_bytes
-    ends = [CudaMailbox(gpu.driver(), number, 2, *sizes) for number in range(2)]
+    ends = [CudaMailbox(gpu.driver(), number, staging) for number in range(2)]
     for number, end in enumerate(ends):
         end.connect(1 - number, [os.dup(fd) for fd in ends[1 - number].export()])
     requester, owner = (

@@ -12,7 +12,6 @@ from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment
 from sidp_sgl.planner.event_model import Setting, StepTime, relative_step_time
 from sidp_sgl.planner.time_model import Work
 from sidp_sgl.scheduler.modes.times import StepTimes
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 
 CALIBRATION_CONTEXT = 128  # tokens, as the engine has it when it calibrates
 _MANY = 1e6  # tokens; any number will do
@@ -71,9 +70,14 @@ class StepCosts:
             seconds += self._num_layers * times.projection_seconds(0, all_rows)
         return seconds / self.deployment.dp
 
+    @property
+    def rows_per_rank(self) -> int:
+        """Of a step in CaS, at most."""
+        return self.deployment.group.staging.rows_per_rank
+
     def calibrated(self) -> StepTimes:
         """What the engine measures when it starts."""
-        sizes = [2**n for n in range(ROWS_PER_RANK.bit_length())]
+        sizes = [2**n for n in range(self.rows_per_rank.bit_length())]
         measured = {size: self.decode(size, size * CALIBRATION_CONTEXT) for size in sizes}
         return StepTimes(self.fetch_seconds, measured)
 

@@ -9,7 +9,6 @@ from sidp_sgl.scheduler.modes.lease_client import LeaseClient
 from sidp_sgl.scheduler.modes.policy import WAS, ModePolicy
 from sidp_sgl.scheduler.modes.service_share import SERVICE_LIMIT, ServiceShare, decline_reason
 from sidp_sgl.scheduler.modes.step_modes import StepModes
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 
 
 class Service:
@@ -54,7 +53,7 @@ class Service:
 class _Answers:
     """In the place of LeaseClient: owners answer at once, and no message is lost.
 
-    Staging rows can't run out, for every rank may lease ROWS_PER_RANK and asks for no more."""
+    Staging rows can't run out, for every rank may lease its own and asks for no more."""
 
     def __init__(self, service: Service, rank: int) -> None:
         self.now = 0.0
@@ -83,7 +82,7 @@ class RankModes:
         self._answers = _Answers(service, rank)
         self.policy = ModePolicy(mode)
         leases = cast(LeaseClient, self._answers)
-        self._modes = StepModes(self.policy, leases, ROWS_PER_RANK, threshold)
+        self._modes = StepModes(self.policy, leases, threshold, costs.rows_per_rank)
         self._times = self._modes.times = costs.calibrated()
         self._begun: tuple[str, int, float] | None = None  # mode, batch, compute of the last step
 
@@ -92,7 +91,7 @@ class RankModes:
         return self._modes.threshold
 
     def prefill_seconds(self, now: float, compute: float) -> float:
-        self._modes.end_prefill()
+        self._modes.end_prefill(WAS)
         return self._while_serving(now, self._costs.streamed(compute))
 
     def decode_seconds(self, now: float, batch: int, kv_tokens: int) -> tuple[str, float]:

@@ -11,8 +11,7 @@ from sidp_sgl.planner.machine import EAGER_LAYER_SECONDS, Machine
 from sidp_sgl.planner.memory import RankMemory
 from sidp_sgl.planner.models import ModelShape
 from sidp_sgl.planner.time_model import RankTimes, Work
-from sidp_sgl.planner.weights import Split, kv_bytes, layer_weights, part_bytes, units
-from sidp_sgl.weightpool.cas.staging import make_staging
+from sidp_sgl.planner.weights import Split, kv_bytes, layer_weights, part_bytes
 
 REPLICAS, DP_ATTENTION, SHARDED_GPU, SIDP = "replicas", "dp-attention", "sharded_gpu", "sidp"
 DWDP = "dwdp"
@@ -111,7 +110,7 @@ class Deployment:
             pooled_bytes=placement.pooled_bytes,
             owned_bytes=max(map(placement.owned_bytes, ranks)),
             cache_bytes=max(map(placement.cache_bytes, ranks)),
-            staging_bytes=0 if self.mode == "was" else self._staging_bytes(),
+            staging_bytes=0 if self.mode == "was" else self.group.staging.num_bytes,
         )
 
     @cached_property
@@ -123,16 +122,6 @@ class Deployment:
             for layer, count in shape.layer_kinds().items()
             for _ in range(count if shape.is_moe(layer) else 0)
         ]
-
-    def _staging_bytes(self) -> int:
-        """Rows that others lease here, and results on their way back."""
-        shape = self.node.shape
-        sizes = (
-            unit.row_bytes
-            for layer in shape.layer_kinds()
-            for unit in units(shape, layer, self.split, self.node.pool)
-        )
-        return make_staging(sizes, self.dp).num_bytes
 
     def kv_tokens(self) -> int:
         """KV capacity of one rank."""

@@ -13,7 +13,7 @@ from sidp_sgl.planner.time_model import RankTimes, Work
 from sidp_sgl.planner.weights import block_bytes, pools_attention, units
 from sidp_sgl.scheduler.modes.policy import AUTO, CAS, WAS
 from sidp_sgl.scheduler.modes.times import streams
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
+from sidp_sgl.weightpool.cas.staging import Staging, make_staging
 from sidp_sgl.weightpool.placement import DEFAULT_SLOTS, EXPERT_SLOTS, Placement
 
 
@@ -54,6 +54,14 @@ class GroupTimes:
         default = EXPERT_SLOTS if self.rank.shape.num_experts > 1 else DEFAULT_SLOTS
         slots = pooling.slots or default
         return Placement.of(self.blocks, pooling.num_ranks, slots, pooling.placement)
+
+    @cached_property
+    def staging(self) -> Staging:
+        """Rows that others lease of a rank, and results on their way back."""
+        shape, split, pool = self.rank.shape, self.rank.split, self.pooling.pool
+        kinds = shape.layer_kinds()
+        sizes = [unit.row_bytes for layer in kinds for unit in units(shape, layer, split, pool)]
+        return make_staging(sizes, self.pooling.num_ranks, block_bytes=max(self.blocks))
 
     def block_seconds(self, layer: int) -> float:
         """One fetch, at the full rate of the owner's link."""
@@ -152,7 +160,7 @@ class GroupTimes:
             cas = self.cas_seconds(work)
             return streams(self.fetch_seconds, was, cas)
 
-        sent = min(max_batch, ROWS_PER_RANK)
+        sent = min(max_batch, self.staging.rows_per_rank)
         threshold = _first(is_streamed, sent)
         return (
             threshold
@@ -162,13 +170,13 @@ class GroupTimes:
 
     def runs(self, mode: str, batch: int, threshold: int) -> str:
         """What a step of `batch` is in `--sidp-mode` `mode`, in the long run."""
-        can_send = batch <= ROWS_PER_RANK
+        can_send = batch <= self.staging.rows_per_rank
         wants_cas = mode == CAS or (mode == AUTO and batch < threshold)
         return CAS if can_send and wants_cas else WAS
 
     def largest_sent(self, threshold: int, fitting: int) -> int:
         """The largest batch up to `fitting` that `--sidp-mode auto` sends; may be 0."""
-        return min(fitting, ROWS_PER_RANK, threshold - 1)
+        return min(fitting, self.staging.rows_per_rank, threshold - 1)
 
     def decode_seconds(self, mode: str, batch: int, context: float, threshold: int) -> float:
         """A decode step in `--sidp-mode` `mode`."""

@@ -17,7 +17,7 @@ from sidp_sgl.scheduler.modes.step_modes import StepModes
 
 
 class ControlPlane:
-    """`max_rows`: of a rank's CaS step."""
+    """Nothing is sent before `allow`."""
 
     def __init__(
         self,
@@ -25,25 +25,27 @@ class ControlPlane:
         rank: int,
         num_ranks: int,
         engine: str,
-        max_rows: int,
         share: ServiceShare,
     ) -> None:
         self.rank = rank
         self.own_batch_size = 0  # kept up to date by the scheduler
         self.share = share
-        self.lease_server = LeaseServer(rank, num_ranks, engine, max_rows, self._refusal)
+        self.lease_server = LeaseServer(rank, num_ranks, engine, self._refusal)
         self.controller = ControllerLink(rank, engine)
         threshold = config.sidp_batch_threshold
         self.modes = StepModes(
             ModePolicy(config.sidp_mode),
             LeaseClient(rank, engine, [n for n in range(num_ranks) if n != rank]),
-            max_rows,
             None if isinstance(threshold, str) else threshold,
         )
         self._own_dispatch = config.own_dispatch
 
     def start(self) -> None:
         self.lease_server.start()
+
+    def allow(self, rows_per_rank: int) -> None:
+        """From now on ranks may send so many rows in a step."""
+        self.lease_server.rows_per_rank = self.modes.max_rows = rows_per_rank
 
     def _refusal(self) -> str | None:
         """Why this rank does not serve now; called by the lease server's thread."""

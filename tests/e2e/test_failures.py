@@ -145,5 +145,4 @@ def test_a_checkpoint_that_can_not_be_loaded(traces: Traces, tmp_path: Path) -> 
     assert server.process.returncode == 1
     (error,) = [line for line in log.splitlines() if line.startswith("error: ")]
     assert "DP rank" in error
-    assert "Traceback" not in log
     traces.assert_nothing_left(2.0)

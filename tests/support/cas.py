@@ -53,12 +53,11 @@ def rows_unit(
     return PooledUnit(number, block, is_last, payload, result, compute, compute)
 
 
-def make_mailbox(rank: int, num_ranks: int, staging: Staging) -> Mailbox:
+def make_mailbox(rank: int, staging: Staging) -> Mailbox:
     """One rank's end of kind `shm` or, over a driver without a GPU, `cuda`."""
-    sizes = staging.inbox_bytes, staging.results_bytes
     if KIND == "shm":
-        return ShmMailbox(rank, num_ranks, *sizes)
-    return CudaMailbox(FakeCuda(seed=rank), rank, num_ranks, *sizes)
+        return ShmMailbox(rank, staging)
+    return CudaMailbox(FakeCuda(seed=rank), rank, staging)
 
 
 def settle(ranks: Sequence[CasEndpoint]) -> None:
@@ -69,9 +68,9 @@ def settle(ranks: Sequence[CasEndpoint]) -> None:
 
 
 @contextmanager
-def connected_mailboxes(num_ranks: int, staging: Staging) -> Iterator[list[Mailbox]]:
+def connected_mailboxes(staging: Staging) -> Iterator[list[Mailbox]]:
     """The mailboxes of all ranks, each connected with each."""
-    ends = [make_mailbox(rank, num_ranks, staging) for rank in range(num_ranks)]
+    ends = [make_mailbox(rank, staging) for rank in range(staging.num_ranks)]
     try:
         for rank, end in enumerate(ends):
             for peer, other in enumerate(ends):
@@ -93,7 +92,7 @@ def endpoints(
 ) -> Iterator[list[CasEndpoint]]:
     """Every rank's part in CaS; with `start`, their services run."""
     staging = make_staging((unit.row_bytes for unit in units), num_ranks)
-    with connected_mailboxes(num_ranks, staging) as ends:
+    with connected_mailboxes(staging) as ends:
         ranks = [
             CasEndpoint(mailbox, staging, [u for u in units if owners[u.block] == rank])
             for rank, mailbox in enumerate(ends)

@@ -18,9 +18,8 @@ class Rank:
         self, rank: int, num_ranks: int, engine: str, owners: list[int], rows_per_rank: int
     ) -> None:
         self.refusal: str | None = None
-        self.server = LeaseServer(
-            rank, num_ranks, engine, rows_per_rank, refusal=lambda: self.refusal
-        )
+        self.server = LeaseServer(rank, num_ranks, engine, refusal=lambda: self.refusal)
+        self.server.rows_per_rank = rows_per_rank
         self.client = LeaseClient(rank, engine, owners)
         self.sent: list[tuple[int, Message]] = []  # by the client
         self._send, self.client.outbox.send = self.client.outbox.send, self._record  # type: ignore[method-assign]

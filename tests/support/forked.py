@@ -2,8 +2,8 @@
 
 `multiprocessing`'s spawned processes are forked from a template that has imported what they import
 first. They are children of whoever starts them and have its descriptors, environment, directory and
-cores, as if spawned; only the imports are done. Engines that tests start by a command line do not
-come this way, so that SGLang's own way is tested too.
+cores, as if spawned; only the imports are done. Engines that tests start by a command line, or
+whose traces they look for, do not come this way, so that SGLang's own way is tested too.
 """
 
 import ctypes
@@ -24,6 +24,7 @@ from multiprocessing import spawn, util
 from typing import Any
 
 import psutil
+from setproctitle import setproctitle
 
 from sidp_sgl.scheduler.lifecycle.liveness import ENGINE, tie
 
@@ -39,6 +40,8 @@ LATE = (
     *("SIDP_", "PYTEST_", "PYTHONPATH", "SGLANG_RUN_ID", "SGLANG_CPU_OMP_THREADS_BIND"),
     "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER",
 )
+TITLE = "template"  # of a process that others are forked from
+MARK = "SIDP_TEST"  # in the environment of processes whose traces are looked for
 STANDARD = (0, 1, 2)
 ABOVE_ALL = 512  # descriptors from here on are not those that a process expects
 LONGEST = 1 << 20  # bytes of a request
@@ -98,7 +101,7 @@ def enable() -> None:
 def start_process(path: bytes, args: Sequence[str], passfds: Sequence[int]) -> int:
     """Like `multiprocessing.util.spawnv_passfds`."""
     global _template
-    if "--multiprocessing-fork" not in args:
+    if "--multiprocessing-fork" not in args or MARK in os.environ:
         return spawn_program(path, args, passfds)
     with _lock:
         if _template is None or _template.environment != imported_under():
@@ -125,6 +128,7 @@ def adopt_orphans(does: bool) -> None:
 def serve(descriptor: int) -> str:
     """Of the template. Returns in each process that is forked from it: the program to execute."""
     enable()
+    setproctitle(TITLE)
     environment = imported_under()
     for name in IMPORTED:
         importlib.import_module(name)
@@ -159,6 +163,7 @@ def serve_from(connection: socket.socket, environment: dict[str, str]) -> str:
                 os.close(descriptor)
             connection = theirs
             continue
+        setproctitle("python")
         theirs.close()
         _template = Template(ours, pid, environment)
         while os.getppid() == between:

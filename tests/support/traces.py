@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-MARK = "SIDP_TEST"
+from tests.support.forked import MARK, TITLE
 
 
 class Traces:
@@ -120,6 +120,6 @@ def _grandchildren(pid: int) -> list[psutil.Process]:
     """Ranks are the only processes below an engine's main process that are not its children."""
     try:
         below = psutil.Process(pid).children(recursive=True)
-        return [process for process in below if process.ppid() != pid]
+        return [p for p in below if p.ppid() != pid and p.cmdline()[:1] != [TITLE]]
     except psutil.NoSuchProcess:
         return []

@@ -27,7 +27,7 @@ def plugins() -> set[str]:
 
 
 def make_control_plane(engine_name: str) -> ControlPlane:
-    return ControlPlane(SidpConfig(sidp=True), 0, 2, engine_name, 64, ServiceShare())
+    return ControlPlane(SidpConfig(sidp=True), 0, 2, engine_name, ServiceShare())
 
 
 def test_sglang_finds_the_plugin_while_it_is_wanted() -> None:

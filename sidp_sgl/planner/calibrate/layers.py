@@ -130,7 +130,7 @@ class SentRows:
         self._rank, self._transport = rank, transport
         self._units = [_unit(layer, decoder, hidden_size) for layer in range(num_layers)]
         staging = make_staging((unit.row_bytes for unit in self._units), num_ranks)
-        mailbox = make_mailbox(transport, rank, num_ranks, staging, graphs=True)
+        mailbox = make_mailbox(transport, rank, staging, graphs=True)
         owned = [self._units[layer] for layer in self._placement.owned(rank)]
         self._endpoint = CasEndpoint(mailbox, staging, owned)
         offer = Offer(Member(rank), {}, {}, mailbox.export())

@@ -7,7 +7,6 @@ from sidp_sgl.planner.deployment import SIDP, Deployment, Node
 from sidp_sgl.planner.plan.candidates import deployments
 from sidp_sgl.planner.time_model import Work
 from sidp_sgl.scheduler.modes.policy import AUTO, CAS
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 
 WORTH = 1.02  # SiDP must gain this factor: less is within the model's error
 ALIKE = 0.998  # settings that differ by less are equally fast
@@ -127,7 +126,8 @@ def estimate(deployment: Deployment, workload: Workload) -> Estimate:
     # Tokens per second grow with the batch within a mode: the largest batches of both are enough.
     batches = {fitting, *({group.largest_sent(threshold, fitting)} - {0})}
     if deployment.mode != AUTO:
-        batches = {fitting, min(fitting, ROWS_PER_RANK)} if deployment.mode == CAS else {fitting}
+        sent = min(fitting, group.staging.rows_per_rank)
+        batches = {fitting, sent} if deployment.mode == CAS else {fitting}
     best = _fastest([_at_batch(deployment, workload, b, about) for b in sorted(batches)])
     assert best is not None
     return best

@@ -19,13 +19,12 @@ class LeaseServer:
         rank: int,
         num_ranks: int,
         engine: str,
-        rows_per_rank: int,
         refusal: Callable[[], str | None],
     ) -> None:
         self.refusal = refusal
         self.declines: Counter[str] = Counter()  # given, by reason
         self._rank = rank
-        self._rows_per_rank = rows_per_rank
+        self.rows_per_rank = 0
         self._peers = [peer for peer in range(num_ranks) if peer != rank]
         self.inbox = bus.Inbox(bus.requests_address(engine, rank))
         self.outbox = bus.Outbox({n: bus.answers_address(engine, n) for n in self._peers})
@@ -39,7 +38,7 @@ class LeaseServer:
         while not self._stopped:
             message = self.inbox.receive(_POLL_SECONDS)
             if isinstance(message, LeaseRequest) and message.rank in self._peers:
-                said = answer(self._rank, message, self._rows_per_rank, self.refusal())
+                said = answer(self._rank, message, self.rows_per_rank, self.refusal())
                 if isinstance(said, LeaseDecline):
                     self.declines[said.reason] += 1
                 self.outbox.send(message.rank, said)

@@ -50,6 +50,12 @@ class ModePolicy:
         self._is_first = False
         return self.mode
 
+    def sends(self, rows: int, threshold: int | None) -> bool:
+        """Whether a single step of so many rows is one for CaS, whatever came before it."""
+        if self._is_constant:
+            return self.mode == CAS
+        return _wanted(rows, threshold) == CAS
+
     def _switch(self, wanted: str, threshold: int | None) -> None:
         self.mode = wanted
         self._contrary_steps = 0

@@ -16,21 +16,22 @@ _PATIENCE_SECONDS = (2e-3, 50e-3)
 class StepModes:
     """`threshold`: batch size from which WaS is used, or None where it follows `times`.
 
-    `max_rows`: rows of a CaS step at most.
+    `max_rows`: rows of a CaS step at most. A prefill of so many tokens as a decode step has
+    requests does the same to pooled weights: one threshold is for both.
     """
 
     def __init__(
         self,
         policy: ModePolicy,
         leases: LeaseClient,
-        max_rows: int,
         threshold: int | None = None,
+        max_rows: int = 0,
     ) -> None:
         self.policy = policy
         self.leases = leases
         self.times: StepTimes | None = None
         self.steps = {WAS: 0, CAS: 0}
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._given_threshold = threshold
         self._threshold: int | None = threshold
         self._decided = 0
@@ -65,26 +66,36 @@ class StepModes:
         """The mode of a decode step; rows for a CaS step are leased."""
         if self.times is not None and self._given_threshold is None:
             if self._decided % _RECALCULATE_STEPS == 0:
-                self._threshold = self.times.threshold(self._max_rows)
+                self._threshold = self.times.threshold(self.max_rows)
             self._decided += 1
         threshold = self._threshold
-        if threshold is not None and threshold > self._max_rows:
-            threshold = 2 * self._max_rows  # out of reach: no hysteresis below it
-        if self.policy.decide(batch_size, threshold) != CAS or not can_call:
+        if threshold is not None and threshold > self.max_rows:
+            threshold = 2 * self.max_rows  # out of reach: no hysteresis below it
+        wants_cas = self.policy.decide(batch_size, threshold) == CAS
+        return self._leased(batch_size) if wants_cas and can_call else WAS
+
+    def begin_prefill(self, num_tokens: int, *, can_call: bool) -> str:
+        """The mode of a prefill, which changes nothing for decode steps."""
+        wants_cas = self.policy.sends(num_tokens, self._threshold)
+        return self._leased(num_tokens) if wants_cas and can_call else WAS
+
+    def _leased(self, rows: int) -> str:
+        """CaS where every owner leases as many rows."""
+        if rows > self.max_rows or not self.leases.acquire(rows, self._patience(rows)):
             return WAS
-        if batch_size > self._max_rows:
-            return WAS
-        return CAS if self.leases.acquire(batch_size, self._patience(batch_size)) else WAS
+        return CAS
 
     def end_decode(self, batch_size: int, mode: str, *, can_call: bool = True) -> None:
         """Count the step, and ask for the next one's leases while the scheduler does its part."""
         self.steps[mode] += 1
-        if self.policy.mode == CAS and can_call and batch_size <= self._max_rows:
+        if self.policy.mode == CAS and can_call and batch_size <= self.max_rows:
             rows = -(-batch_size // _ROUND_ROWS) * _ROUND_ROWS
-            self.leases.ask(min(rows, self._max_rows))
+            self.leases.ask(min(rows, self.max_rows))
         else:
             self.leases.release()
 
-    def end_prefill(self) -> None:
-        """A prefill step always streams weights; leases asked for meanwhile stay."""
-        self.steps[WAS] += 1
+    def end_prefill(self, mode: str) -> None:
+        """Count the step; leases that it did not use stay."""
+        self.steps[mode] += 1
+        if mode == CAS:
+            self.leases.release()

@@ -18,7 +18,6 @@ from sglang.srt.model_executor.runner_utils.pool import (
     graph_pool_replay_scope,
 )
 
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import Payload, UnitExecution
 
@@ -35,10 +34,12 @@ class CasGraphs:
     def capture(self, backend: Any, shape_key: Any, forward: Callable[[], Any]) -> None:
         """`forward` has been warmed up. `backend` is SGLang's for decode, in its capture session;
         sizes that a CaS step can't have are left out."""
-        if self._execution.requester is None:
+        requester = self._execution.requester
+        if requester is None:
             return
+        most = requester.staging.rows_per_rank
         sizes = backend._cuda_graph_runner.capture_bs
-        if max((size for size in sizes if size < shape_key.size), default=0) >= ROWS_PER_RANK:
+        if max((size for size in sizes if size < shape_key.size), default=0) >= most:
             return
         graph = BreakableCUDAGraph()
         with (

@@ -20,17 +20,16 @@ CONTEXT_TOKENS = 128  # of a dummy request; what longer ones take is learnt whil
 _REPEATS = 3
 
 
-def calibrate(
-    scheduler: Any, pool: WeightPool, execution: UnitExecution, max_batch: int
-) -> StepTimes:
-    """Fetch time of a step's layers, and compute time at batch sizes 1, 2, 4, … max_batch."""
+def calibrate(scheduler: Any, pool: WeightPool, execution: UnitExecution) -> StepTimes:
+    """Fetch time of a step's layers, and compute time at batches of 1, 2, 4, … that may be sent."""
+    assert execution.requester is not None
     _fetch_all(pool)  # not timed: some layers lie in their slots already
     fetch_seconds = _best(lambda: _fetch_all(pool), time.perf_counter)
     # On CPUs ranks may share cores, and all calibrate at the same time.
     is_cpu = scheduler.tp_worker.model_runner.device == "cpu"
     compute_clock = time.thread_time if is_cpu else time.perf_counter
     runner = scheduler.tp_worker.model_runner.eager_runner
-    largest = min(max_batch, runner._eager_max_bs)
+    largest = min(execution.requester.staging.rows_per_rank, runner._eager_max_bs)
     with _context_length(scheduler.tp_worker.model_runner.attn_backend):
         buffers = runner._alloc_dummy_decode_buffers(largest)
     compute_seconds, size = {}, 1

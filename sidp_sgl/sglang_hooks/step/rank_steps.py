@@ -13,7 +13,6 @@ from sidp_sgl.scheduler.messages import RankState
 from sidp_sgl.scheduler.modes.policy import WAS
 from sidp_sgl.sglang_hooks.step.calibration import calibrate
 from sidp_sgl.weightpool.cas.requester import Requester
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.pool import WeightPool
 
@@ -48,26 +47,26 @@ class RankSteps:
     def calibrate(self, scheduler: Any) -> None:
         """Measure what the mode policy begins with, where there is a choice of modes."""
         if self._execution.requester is not None:
-            self._modes.times = calibrate(scheduler, self._pool, self._execution, ROWS_PER_RANK)
+            self._modes.times = calibrate(scheduler, self._pool, self._execution)
 
     def run_batch(self, original: Any, scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
         now = time.perf_counter()
-        is_decode = batch.forward_mode.is_decode()
+        is_decode, rows = batch.forward_mode.is_decode(), _rows(batch)
         self._observe(now, is_next=is_decode and not scheduler._sched_idled)
-        if not is_decode:
-            self._last = None
-            self._modes.end_prefill()
-            return original(scheduler, batch, *args, **kw)
-        batch_size, remote = batch.batch_size(), self._execution.requester
+        remote = self._execution.requester
         can_call = remote is not None and remote.is_available()
-        mode = self._modes.begin_decode(batch_size, can_call=can_call)
-        if remote is not None:
+        begin = self._modes.begin_decode if is_decode else self._modes.begin_prefill
+        mode = begin(rows, can_call=can_call) if rows else WAS
+        if remote is not None and rows:
             self.share(mode)
-        self._last = _Begun(now, mode, batch_size, self._stall_seconds())
-        with _decode_step(remote, mode, batch_size):
+        self._last = _Begun(now, mode, rows, self._stall_seconds()) if is_decode else None
+        with _step(remote, mode, rows):
             result = original(scheduler, batch, *args, **kw)
-        can_call = remote is not None and remote.is_available()  # not after a silence
-        self._modes.end_decode(batch_size, mode, can_call=can_call)
+        if is_decode:
+            can_call = remote is not None and remote.is_available()  # not after a silence
+            self._modes.end_decode(rows, mode, can_call=can_call)
+        else:
+            self._modes.end_prefill(mode)
         return result
 
     def _stall_seconds(self) -> float:
@@ -102,7 +101,7 @@ class RankSteps:
 
 
 class FollowerSteps:
-    """`receive()`: the mode of a decode step, which TP rank 0 shares."""
+    """`receive()`: the mode of a step, which TP rank 0 shares."""
 
     def __init__(
         self, pool: WeightPool, execution: UnitExecution, receive: Callable[[], str]
@@ -114,26 +113,32 @@ class FollowerSteps:
     def calibrate(self, scheduler: Any) -> None:
         """As TP rank 0, whose dummy steps sum over all TP ranks; its times count."""
         if self._execution.requester is not None:
-            calibrate(scheduler, self._pool, self._execution, ROWS_PER_RANK)
+            calibrate(scheduler, self._pool, self._execution)
 
     def run_batch(self, original: Any, scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
-        remote, mode = self._execution.requester, WAS
-        if remote is not None and batch.forward_mode.is_decode():
-            mode = self._receive()
-        with _decode_step(remote, mode, batch.batch_size()):
+        remote, rows = self._execution.requester, _rows(batch)
+        mode = self._receive() if remote is not None and rows else WAS
+        with _step(remote, mode, rows):
             return original(scheduler, batch, *args, **kw)
 
     def publish(self, scheduler: Any) -> None:
         """TP rank 0 does."""
 
 
+def _rows(batch: Any) -> int:
+    """Of the forward pass: the requests of a decode step, the tokens of a prefill; 0 of others."""
+    if batch.forward_mode.is_decode():
+        return batch.batch_size()
+    return batch.extend_num_tokens if batch.forward_mode.is_extend() else 0
+
+
 @contextmanager
-def _decode_step(requester: Requester | None, mode: str, batch_size: int) -> Iterator[None]:
+def _step(requester: Requester | None, mode: str, rows: int) -> Iterator[None]:
     """Around a forward pass."""
     if requester is None or mode == WAS:
         yield
         return
-    requester.begin_step(batch_size)
+    requester.begin_step(rows)
     try:
         yield
     finally:

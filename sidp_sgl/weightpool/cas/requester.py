@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sidp_sgl.weightpool.cas.mailbox import Mailbox, Outcome
-from sidp_sgl.weightpool.cas.staging import Staging, first_row
+from sidp_sgl.weightpool.cas.staging import Staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowsViews
 
 PATIENCE_SECONDS = 1.0  # an owner answers within milliseconds unless it was stopped
@@ -107,7 +107,7 @@ class Requester:
         inbox = self._inboxes.get(owner)
         if inbox is None:
             inbox = self._inboxes[owner] = RowsViews(self._mailbox.inbox_of(owner))
-        offset = first_row(owner, self._mailbox.rank) * self.staging.row_bytes
+        offset = self.staging.offset(owner, self._mailbox.rank)
         num_rows = len(payload[0])
         for target, rows in zip(inbox.payload(unit, offset, num_rows), payload, strict=True):
             target.copy_(rows)

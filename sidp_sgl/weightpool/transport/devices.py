@@ -24,16 +24,13 @@ def make_transport(device: str, link_bytes_per_second: float | None) -> Transpor
     return CudaTransport(CudaDriver.of_pytorch, copier)
 
 
-def make_mailbox(
-    transport: Transport, rank: int, num_ranks: int, staging: Staging, graphs: bool
-) -> Mailbox:
+def make_mailbox(transport: Transport, rank: int, staging: Staging, graphs: bool) -> Mailbox:
     """For ranks whose blocks `transport` shares; after `transport.allocate`. `graphs`: whether CUDA
     graphs may be made, on GPUs."""
-    sizes = staging.inbox_bytes, staging.results_bytes
     if isinstance(transport, ShmTransport):
-        return ShmMailbox(rank, num_ranks, *sizes)
+        return ShmMailbox(rank, staging)
     from sidp_sgl.weightpool.transport.cuda.mailbox import CudaMailbox
     from sidp_sgl.weightpool.transport.cuda.transport import CudaTransport
 
     assert isinstance(transport, CudaTransport)
-    return CudaMailbox(transport.driver, rank, num_ranks, *sizes, graphs=graphs)
+    return CudaMailbox(transport.driver, rank, staging, graphs=graphs)

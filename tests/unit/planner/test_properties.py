@@ -15,7 +15,6 @@ from sidp_sgl.planner.plan.candidates import deployments
 from sidp_sgl.planner.prefetch_factor import LOADS, Prefetch, was_factor
 from sidp_sgl.planner.time_model import RankTimes, Work, experts_share
 from sidp_sgl.planner.weights import Split
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 
 MODELS = ["Qwen3-8B", "Qwen3-32B", "Llama-3.1-70B", "Qwen3-30B-A3B"]
 models = st.sampled_from(MODELS).map(load_model)
@@ -123,7 +122,7 @@ def test_bounds_of_a_group_s_step(
     threshold = group.threshold(context, 4096)
     auto = group.decode_seconds("auto", batch, context, threshold)
     assert auto in (was, times[-1])
-    if batch > ROWS_PER_RANK:
+    if batch > group.staging.rows_per_rank:
         assert auto == was == group.decode_seconds("cas", batch, context, threshold)
 
 

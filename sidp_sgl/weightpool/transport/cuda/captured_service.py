@@ -6,24 +6,24 @@ from dataclasses import replace
 
 import torch
 
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowsViews
-
-BUCKETS = tuple(2**power for power in range(ROWS_PER_RANK.bit_length()))  # 1, 2, 4, …, 64 rows
 
 # Work on the current stream → the launch of its graph.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def capture_units(
-    units: Sequence[PooledUnit], device: torch.device, capture: Capture
+    units: Sequence[PooledUnit], rows_per_rank: int, device: torch.device, capture: Capture
 ) -> list[PooledUnit]:
     """`units` whose `partial` launches a graph; for one stream, the current one, for they share
     what they read and write: a result is valid until the next call."""
-    size = max(BUCKETS)
-    payload = _shared([size * unit.row_bytes[0] for unit in units], device)
-    results = _shared([size * unit.row_bytes[1] for unit in units], device)
-    return [replace(unit, partial=_CapturedUnit(unit, payload, results, capture)) for unit in units]
+    buckets = [2**power for power in range(rows_per_rank.bit_length())]  # 1, 2, 4, …
+    payload = _shared([rows_per_rank * unit.row_bytes[0] for unit in units], device)
+    results = _shared([rows_per_rank * unit.row_bytes[1] for unit in units], device)
+    return [
+        replace(unit, partial=_CapturedUnit(unit, buckets, payload, results, capture))
+        for unit in units
+    ]
 
 
 def _shared(num_bytes: list[int], device: torch.device) -> RowsViews:
@@ -34,13 +34,18 @@ class _CapturedUnit:
     """Rows beyond those of a call are what earlier calls have left: they only fill the bucket."""
 
     def __init__(
-        self, unit: PooledUnit, payload: RowsViews, results: RowsViews, capture: Capture
+        self,
+        unit: PooledUnit,
+        buckets: Sequence[int],
+        payload: RowsViews,
+        results: RowsViews,
+        capture: Capture,
     ) -> None:
-        size = max(BUCKETS)
+        size = max(buckets)
         self._partial = unit.partial
-        self._payload = payload.payload(unit, 0, size)  # [64, width] each
+        self._payload = payload.payload(unit, 0, size)  # [size, width] each
         self._results = results.view(0, size, unit.result)
-        self._launches = [(bucket, capture(self._work(bucket))) for bucket in BUCKETS]
+        self._launches = [(bucket, capture(self._work(bucket))) for bucket in buckets]
 
     def _work(self, bucket: int) -> Callable[[], None]:
         payload, results = [rows[:bucket] for rows in self._payload], self._results[:bucket]

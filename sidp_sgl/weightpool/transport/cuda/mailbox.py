@@ -14,6 +14,7 @@ import torch
 
 from sidp_sgl.weightpool.alignment import align
 from sidp_sgl.weightpool.cas.mailbox import Mailbox
+from sidp_sgl.weightpool.cas.staging import Staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.transport.cuda.captured_service import capture_units
 from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver
@@ -22,20 +23,14 @@ from sidp_sgl.weightpool.transport.timer_slack import sleep_exactly
 
 
 class CudaMailbox(Mailbox):
-    """One GPU rank's end. `inbox_bytes` and `results_bytes` are the same on all ranks; `graphs`:
-    whether the service's units become CUDA graphs."""
+    """One GPU rank's end. `graphs`: whether the service's units become CUDA graphs."""
 
     def __init__(
-        self,
-        driver: CudaDriver,
-        rank: int,
-        num_ranks: int,
-        inbox_bytes: int,
-        results_bytes: int,
-        *,
-        graphs: bool = True,
+        self, driver: CudaDriver, rank: int, staging: Staging, *, graphs: bool = True
     ) -> None:
-        super().__init__(rank, num_ranks)
+        super().__init__(rank, staging.num_ranks)
+        inbox_bytes, results_bytes = staging.inbox_bytes, staging.results_bytes
+        self._rows_per_rank = staging.rows_per_rank
         sleep_exactly()  # the thread that calls owners
         self._driver, self._graphs = driver, graphs
         self._memory = SharedMemory(driver, align(inbox_bytes) + results_bytes)
@@ -64,7 +59,9 @@ class CudaMailbox(Mailbox):
         if not self._graphs:
             return units
         with torch.no_grad(), self._driver.on_stream(self._stream):
-            prepared = capture_units(units, self.inbox.device, self._driver.graph)
+            prepared = capture_units(
+                units, self._rows_per_rank, self.inbox.device, self._driver.graph
+            )
             self._driver.synchronize()
         return prepared
 

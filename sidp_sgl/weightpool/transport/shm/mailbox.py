@@ -4,14 +4,16 @@ import os
 from collections.abc import Sequence
 
 from sidp_sgl.weightpool.cas.mailbox import Mailbox
+from sidp_sgl.weightpool.cas.staging import Staging
 from sidp_sgl.weightpool.transport.shm import memory as shm_memory
 
 
 class ShmMailbox(Mailbox):
-    """One CPU rank's end. `inbox_bytes` for the rows of all others, `results_bytes` for its own."""
+    """One CPU rank's end."""
 
-    def __init__(self, rank: int, num_ranks: int, inbox_bytes: int, results_bytes: int) -> None:
-        super().__init__(rank, num_ranks)
+    def __init__(self, rank: int, staging: Staging) -> None:
+        super().__init__(rank, staging.num_ranks)
+        inbox_bytes, results_bytes = staging.inbox_bytes, staging.results_bytes
         self._own_memory = [
             shm_memory.create("sidp-inbox", inbox_bytes),
             shm_memory.create("sidp-results", results_bytes),

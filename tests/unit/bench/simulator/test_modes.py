@@ -15,7 +15,6 @@ from sidp_sgl.planner.machine import Machine
 from sidp_sgl.planner.models import load_model
 from sidp_sgl.planner.time_model import Work
 from sidp_sgl.scheduler.modes.policy import CAS, DWELL_STEPS, WAS
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK
 from tests.unit.bench.simulator.simulated import request, requests_of, sidp
 
 
@@ -79,8 +78,9 @@ def test_a_job_ends_in_cas_and_is_faster_for_it() -> None:
 
 
 def test_cas_never_sends_more_rows_than_staging_holds() -> None:
-    block = sidp(100, 2).group.blocks[0]
-    requests = [request(n, 5, 4) for n in range(2 * (ROWS_PER_RANK + 1))]
+    group = sidp(100, 2).group
+    block, rows = group.blocks[0], group.staging.rows_per_rank
+    requests = [request(n, 5, 4) for n in range(2 * (rows + 1))]
     report = simulate(sidp(3000, 2, "cas", link=block), requests)
     assert report.steps(CAS) == 0 and report.steps(WAS) == 2 * 3
     report = simulate(sidp(3000, 2, "cas", link=block), requests[:-2])

@@ -43,7 +43,7 @@ class Machine:
 
 def mean_steps(mode: str, machine: Machine) -> dict[int, float]:
     """Batch size → mean step in `--sidp-mode` `mode`."""
-    modes = StepModes(ModePolicy(mode), GRANTING, MAX_ROWS)
+    modes = StepModes(ModePolicy(mode), GRANTING, max_rows=MAX_ROWS)
     modes.times = StepTimes(FETCH, {batch: compute(batch) for batch in BATCHES})
     seconds: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     for batch in BATCHES:

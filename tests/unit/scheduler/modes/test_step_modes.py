@@ -27,7 +27,7 @@ def ranks(engine_name: str) -> Iterator[list[Rank]]:
 
 
 def step_modes_of(rank: Rank, mode: str, threshold: int | None = None) -> StepModes:
-    return StepModes(ModePolicy(mode), rank.client, MAX_ROWS, threshold)
+    return StepModes(ModePolicy(mode), rank.client, threshold, MAX_ROWS)
 
 
 def decode(modes: StepModes, batch_size: int, *, can_call: bool = True) -> str:
@@ -41,7 +41,7 @@ def test_was_never_sends_a_message(ranks: list[Rank]) -> None:
     modes = step_modes_of(ranks[0], "was")
     for batch_size in (1, 8, 64, 500):
         assert decode(modes, batch_size) == WAS
-        modes.end_prefill()
+        modes.end_prefill("was")
     assert ranks[0].sent == []
     assert modes.steps == {WAS: 8, CAS: 0}
 
@@ -71,6 +71,19 @@ def test_without_calls_the_step_streams_weights(ranks: list[Rank]) -> None:
     assert decode(modes, 4) == CAS
 
 
+def test_a_prefill_is_sent_below_the_threshold_whatever_decode_steps_do(ranks: list[Rank]) -> None:
+    modes = step_modes_of(ranks[0], "auto", threshold=20)
+    assert decode(modes, 30) == WAS
+    for num_tokens, mode in ((17, CAS), (20, WAS), (500, WAS), (3, CAS)):
+        assert modes.begin_prefill(num_tokens, can_call=True) == mode
+        modes.end_prefill(mode)
+        assert modes.policy.mode == WAS and modes.leases.negotiation.rows == 0
+    assert modes.begin_prefill(3, can_call=False) == WAS
+    assert modes.steps == {WAS: 3, CAS: 2} and modes.policy.switches == 0
+    assert step_modes_of(ranks[1], "cas").begin_prefill(MAX_ROWS, can_call=True) == CAS
+    assert step_modes_of(ranks[1], "cas").begin_prefill(MAX_ROWS + 1, can_call=True) == WAS
+
+
 def test_after_a_decline_the_step_streams_weights_and_the_next_one_asks_again(
     ranks: list[Rank],
 ) -> None:
@@ -95,7 +108,7 @@ def test_what_was_asked_ahead_is_used_by_the_next_step(ranks: list[Rank]) -> Non
     for batch_size in (8, 5):
         assert modes.begin_decode(batch_size, can_call=True) == CAS
         assert len(ranks[0].requests) == 2
-    modes.end_prefill()
+    modes.end_prefill("was")
     assert modes.begin_decode(8, can_call=True) == CAS, "a prefill between changes nothing"
     assert len(ranks[0].requests) == 2
     assert modes.begin_decode(9, can_call=True) == CAS
@@ -174,7 +187,7 @@ def test_answers_are_waited_for_a_part_of_a_was_step(
 ) -> None:
     monkeypatch.setattr(step_modes, "_PATIENCE_SECONDS", (2e-3, 50e-3))
     owners = StubbornOwners()
-    modes = StepModes(ModePolicy("cas"), owners, MAX_ROWS)  # type: ignore[arg-type]
+    modes = StepModes(ModePolicy("cas"), owners, max_rows=MAX_ROWS)  # type: ignore[arg-type]
     modes.times = times
     assert decode(modes, 4) == WAS
     assert owners.patience == pytest.approx(patience)

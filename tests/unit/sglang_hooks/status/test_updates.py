@@ -25,7 +25,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 class Rank:
     def __init__(self, mode: str = "auto") -> None:
-        self.modes = StepModes(ModePolicy(mode), SimpleNamespace(), 64)  # type: ignore[arg-type]
+        self.modes = StepModes(ModePolicy(mode), SimpleNamespace(), max_rows=64)  # type: ignore[arg-type]
         self._hooks = UpdateHooks(SidpConfig(sidp=True, sidp_mode=mode), self.modes.set_threshold)
 
     def update(self, **values: Any) -> bool:

@@ -18,6 +18,7 @@ from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
 from tests.support.pools import Group, RankUnderTest, layer_bytes, run_group
 
 FETCH_SECONDS = 0.04  # of one layer; far above the pauses of a busy machine
+REQUESTER: Any = SimpleNamespace(staging=SimpleNamespace(rows_per_rank=64))
 
 
 class Runner:
@@ -58,10 +59,10 @@ def calibrated(group: Group, runners: list[Runner]) -> list[StepTimes]:
     def script(rank: RankUnderTest) -> None:
         number = rank.pool.rank
         runner = runners[number]
-        runner.execution = UnitExecution(rank.pool)
+        runner.execution = UnitExecution(rank.pool, REQUESTER)
         time.sleep(0.1)  # the slots are full by then, as they are when a model has been loaded
         start.wait()
-        results[number] = calibrate(runner.scheduler, rank.pool, runner.execution, 64)
+        results[number] = calibrate(runner.scheduler, rank.pool, runner.execution)
         assert runner.execution._uses_pool
         rank.run_steps(2)  # the pool goes on as if nothing had been
         assert rank.wrong == [] and rank.pool.prefetcher.counters.resyncs == 0
@@ -106,9 +107,9 @@ def test_a_disturbed_run_does_not_set_the_time() -> None:
 def test_units_use_the_pool_again_where_a_step_failed() -> None:
     runner = Runner(4, lambda size: 1 / 0)
     pool = WeightPool(ShmTransport(), 0, Placement(2))
-    runner.execution = UnitExecution(pool)
+    runner.execution = UnitExecution(pool, REQUESTER)
     with pytest.raises(ZeroDivisionError):
-        calibrate(runner.scheduler, pool, runner.execution, 64)
+        calibrate(runner.scheduler, pool, runner.execution)
     assert runner.execution._uses_pool
 
 
@@ -116,6 +117,6 @@ def test_on_cpus_steps_are_timed_without_the_waits_for_a_core() -> None:
     """Ranks that share cores calibrate at the same time: a sleep stands for such a wait."""
     runner = Runner(1, lambda n: 20.0, device="cpu")
     pool = WeightPool(ShmTransport(), 0, Placement(2))
-    runner.execution = UnitExecution(pool)
-    times = calibrate(runner.scheduler, pool, runner.execution, 64)
+    runner.execution = UnitExecution(pool, REQUESTER)
+    times = calibrate(runner.scheduler, pool, runner.execution)
     assert times.step_seconds(WAS, 1) < 0.01

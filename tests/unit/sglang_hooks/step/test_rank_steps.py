@@ -38,7 +38,7 @@ class Rank:
         self.is_available = True
         self.counters = SimpleNamespace(stall_seconds=0.0)
         pool = SimpleNamespace(rank=1, prefetcher=SimpleNamespace(counters=self.counters))
-        self.modes = StepModes(ModePolicy("cas"), self, 64)  # type: ignore[arg-type]
+        self.modes = StepModes(ModePolicy("cas"), self, max_rows=64)  # type: ignore[arg-type]
         self.times = self.modes.times = Times()
         self.control = SimpleNamespace(
             modes=self.modes, own_batch_size=0, publish=lambda s: self.events.append(("publish", s))
@@ -95,8 +95,11 @@ class Rank:
             return batch, args, kwargs
 
         self.batch = SimpleNamespace(
-            forward_mode=SimpleNamespace(is_decode=lambda: is_decode),
+            forward_mode=SimpleNamespace(
+                is_decode=lambda: is_decode, is_extend=lambda: not is_decode
+            ),
             batch_size=lambda: batch_size,
+            extend_num_tokens=batch_size,
         )
         result = self.steps.run_batch(forward, self.scheduler, self.batch, "proxy", last=2)
         self.scheduler._sched_idled = False
@@ -112,9 +115,23 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
     return Rank(monkeypatch)
 
 
-def test_a_prefill_streams_weights_and_asks_nobody(rank: Rank) -> None:
-    rank.step(4, is_decode=False)
+def test_a_prefill_that_is_too_long_streams_weights_and_asks_nobody(rank: Rank) -> None:
+    rank.step(65, is_decode=False)
     assert rank.events == ["forward"]
+    assert rank.modes.steps == {WAS: 1, CAS: 0}
+
+
+def test_a_short_prefill_sends_its_rows_and_its_leases_end_with_it(rank: Rank) -> None:
+    rank.step(64, is_decode=False)
+    assert rank.events == [("leases", 64), ("begin", 64), "forward", "end", "release"]
+    assert rank.modes.steps == {WAS: 0, CAS: 1}
+    assert rank.times.observed == []
+
+
+def test_a_prefill_without_leases_streams_weights(rank: Rank) -> None:
+    rank.grants = False
+    rank.step(4, is_decode=False)
+    assert rank.events == [("leases", 4), "forward"]
     assert rank.modes.steps == {WAS: 1, CAS: 0}
 
 
@@ -229,14 +246,14 @@ def test_step_times_are_measured_where_rows_can_be_sent(
 # With TP: rank 0 decides, the others follow.
 
 
-def test_tp_rank_0_shares_every_decode_step_that_may_be_cas(rank: Rank) -> None:
+def test_tp_rank_0_shares_every_step_that_may_be_cas(rank: Rank) -> None:
     shared: list[Any] = []
     rank.steps.share = shared.append
     rank.step(4)
     rank.step(100, is_decode=False)
     rank.grants = False
     rank.step(4)
-    assert shared == [CAS, WAS]
+    assert shared == [CAS, WAS, WAS]
     assert rank.events.index("forward") > 0, "before the forward pass, or it would wait there"
 
 
@@ -253,7 +270,7 @@ def test_nothing_is_shared_where_every_step_streams(monkeypatch: pytest.MonkeyPa
 
 def test_a_follower_does_what_was_decided(rank: Rank) -> None:
     rank.steps = rank.follower
-    rank.received += [WAS, CAS]
+    rank.received += [WAS, WAS, CAS]
     rank.is_available = False  # not asked: the requester computes by itself, in the same mode
     assert rank.step(4) == (rank.batch, ("proxy",), {"last": 2})
     rank.step(100, is_decode=False)
@@ -270,10 +287,10 @@ def test_a_follower_runs_the_same_dummy_steps(
 ) -> None:
     rank = Rank(monkeypatch, has_requester=has_requester)
     asked: list[Any] = []
-    monkeypatch.setattr(rank_steps, "calibrate", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(rank_steps, "calibrate", lambda *given: asked.append(given[0]))
     rank.follower.calibrate(rank.scheduler)
     rank.steps.calibrate(rank.scheduler)
-    assert asked == ([64, 64] if has_requester else [])
+    assert asked == ([rank.scheduler] * 2 if has_requester else [])
 
 
 def test_what_tp_rank_0_shares_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from sidp_sgl.weightpool.cas.endpoint import CasEndpoint
 from sidp_sgl.weightpool.cas.mailbox import Call, Outcome
-from sidp_sgl.weightpool.cas.staging import ROWS_PER_RANK, capacity_rows, first_row, make_staging
+from sidp_sgl.weightpool.cas.staging import make_staging
 from sidp_sgl.weightpool.cas.unit import PooledUnit, RowType, rows_view
 from tests.support import cas
 from tests.support.cas import (
@@ -35,13 +35,6 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def call(group: CasEndpoint, unit: PooledUnit, rows: torch.Tensor) -> torch.Tensor | None:
     return group.requester.call([OWNERS[unit.block]], unit, [rows])
-
-
-@pytest.mark.parametrize("num_ranks", [2, 3, 5])
-def test_every_rank_has_rows_of_its_own_at_every_owner(num_ranks: int) -> None:
-    for owner in range(num_ranks):
-        firsts = [first_row(owner, rank) for rank in range(num_ranks) if rank != owner]
-        assert firsts == list(range(0, capacity_rows(num_ranks), ROWS_PER_RANK))
 
 
 def test_owner_computes_what_the_requester_would_have() -> None:
@@ -72,13 +65,11 @@ def test_results_of_an_earlier_call_stay_as_they_are() -> None:
 def test_calls_for_one_unit_that_are_there_together_take_one_gemm() -> None:
     with endpoints(3, UNITS, OWNERS, start=False) as groups:
         for requester, num_rows in ((1, 3), (2, 5)):
-            calls, offset = groups[requester].mailbox, first_row(0, requester)
-            row_bytes = groups[requester].requester.staging.row_bytes
-            inbox = rows_view(
-                calls.inbox_of(0), offset * row_bytes, num_rows, RowType(12, torch.float32)
-            )
+            calls, staging = groups[requester].mailbox, groups[requester].requester.staging
+            offset = staging.offset(0, requester)
+            inbox = rows_view(calls.inbox_of(0), offset, num_rows, RowType(12, torch.float32))
             inbox.copy_(make_rows(num_rows, seed=requester))
-            calls.send(0, UNITS[3].number, offset * row_bytes, num_rows)
+            calls.send(0, UNITS[3].number, offset, num_rows)
         settle(groups)
         service = groups[0].service
         service.serve(groups[0].mailbox.receive(0.0))
@@ -263,7 +254,7 @@ def half_unit(half: int) -> PooledUnit:
 def test_the_owners_of_a_blocks_stripes_compute_a_part_each() -> None:
     halves = [half_unit(0), half_unit(1)]
     staging = make_staging([halves[0].row_bytes], num_ranks=4, num_stripes=2)
-    with connected_mailboxes(4, staging) as mailboxes:
+    with connected_mailboxes(staging) as mailboxes:
         owned = [[halves[0]], [halves[1]], [], []]
         ranks = [CasEndpoint(m, staging, units) for m, units in zip(mailboxes, owned, strict=True)]
         for owner in ranks[:2]:
@@ -283,7 +274,7 @@ def test_the_owners_of_a_blocks_stripes_compute_a_part_each() -> None:
 def test_one_silent_owner_of_several_ends_the_steps_calls() -> None:
     halves = [half_unit(0), half_unit(1)]
     staging = make_staging([halves[0].row_bytes], num_ranks=3, num_stripes=2)
-    with connected_mailboxes(3, staging) as mailboxes:
+    with connected_mailboxes(staging) as mailboxes:
         owned = [[halves[0]], [halves[1]], []]
         ranks = [CasEndpoint(m, staging, units) for m, units in zip(mailboxes, owned, strict=True)]
         ranks[0].service.start()
