@@ -63,6 +63,7 @@ class ControlPlane:
         inboxes = client.inbox, server.inbox, self.controller.inbox
         outboxes = client.outbox, server.outbox, self.controller.outbox
         return {
+            "rows_per_rank": server.rows_per_rank,
             "requests": negotiation.requests,
             "granted": negotiation.granted,
             "declined": negotiation.declined,

@@ -75,6 +75,7 @@ class StepsStatus:
 
 @dataclass(frozen=True)
 class CasStatus:
+    rows_per_rank: Annotated[int, About("Rows of a step that may be sent; 0 where none may.")]
     requests: Annotated[int, counter("Steps for which leases were asked for.")]
     granted: Annotated[int, counter("Steps that got all their leases.")]
     declined: Annotated[int, counter("Steps that an owner declined.")]

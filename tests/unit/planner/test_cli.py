@@ -79,10 +79,10 @@ def test_a_model_that_fits_on_one_gpu_only_with_its_peers(
 
 
 def test_a_batch_that_is_best_sent(capsys: pytest.CaptureFixture[str]) -> None:
-    """More requests fit than may be sent in a CaS step, and too few to hide the fetches."""
+    """As many requests fit as may be sent in a CaS step, and too few to hide the fetches."""
     alone = plan_json(capsys, "plan", "Llama-3.1-70B", "--gpu", "H200", "--tp", "1")
     sidp = settings_of(alone)["SiDP auto TP1/DP8"]
-    assert sidp["batch"] <= 64 < sidp["fitting"] and sidp["runs"] == "cas"
+    assert 64 < sidp["batch"] == sidp["fitting"] <= 512 and sidp["runs"] == "cas"
     assert settings_of(alone)["SiDP was TP1/DP8"]["runs"] == "was"
 
 
