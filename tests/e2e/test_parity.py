@@ -8,6 +8,7 @@ fetches happened and that placeholders stayed empty, so that equality can't come
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ PROMPTS = [
     [(7 * k) % 250 + 3 for k in range(3 * CHUNKED_PREFILL + 5)],  # several chunks
     [(11 * k) % 250 + 3 for k in range(60)],  # shares a prefix with the second
 ]
+# Their tokens by chunk, without those of prefixes that earlier ones have left in the cache.
+PREFILLS = (3, 40, *[CHUNKED_PREFILL] * 3, 4, 20)
 NEW_TOKENS = 20
 SETTINGS = {"skip_tokenizer_init": True, "chunked_prefill_size": CHUNKED_PREFILL}
 
@@ -36,6 +39,17 @@ class Model(NamedTuple):
     architecture: str
     num_layers: int
     tied: bool
+
+
+def rows_of(cas_steps: int) -> set[int]:
+    """That so many steps may have had on one rank that answered all prompts: one each in decode,
+    any of the chunks in prefill. Of a prompt that was answered before, one token is prefilled."""
+    return {
+        cas_steps - number + sum(chunks)
+        for first in (PREFILLS[0], 1)
+        for number in range(len(PREFILLS) + 1)
+        for chunks in combinations((first, *PREFILLS[1:]), number)
+    }
 
 
 class Case(NamedTuple):
