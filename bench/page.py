@@ -20,6 +20,7 @@ from bench import (
     paper,
     peers,
     prefetch_order,
+    prefill,
     round_trip,
     sampling,
     scale,
@@ -114,6 +115,13 @@ SECTIONS = (
         (iteration_report.table,),
         iteration_report.summary,
         figure=True,
+    ),
+    Section(
+        "prefill",
+        "Prefill of a mixture",
+        "Prompts of uneven length, answers of one token, a mixture whose experts fill the devices: "
+        "all ranks stream the experts, send their rows, or choose. No rank waits for another.",
+        (prefill.table,),
     ),
     Section(
         "prefetch_order",

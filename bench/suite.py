@@ -38,6 +38,7 @@ BENCHES = (
     Bench("iteration_time", 10, 20),
     Bench("tail", 20, 10),
     Bench("tail_tp2", 20, 10, module="tail", arguments=("--tp", "2", "--dp-size", "2")),
+    Bench("prefill", 20, 10),
     Bench("growth", 20, 8),
     Bench("validate_model", 8, 12),
     Bench("paper", 1, 4),
