@@ -11,6 +11,7 @@ from statistics import fmean
 from sidp_sgl.planner.deployment import REPLICAS, SIDP, Deployment
 from sidp_sgl.planner.event_model import Setting, StepTime, relative_step_time
 from sidp_sgl.planner.time_model import Work
+from sidp_sgl.planner.weights import pools_attention
 from sidp_sgl.scheduler.modes.times import StepTimes
 
 CALIBRATION_CONTEXT = 128  # tokens, as the engine has it when it calibrates
@@ -66,7 +67,7 @@ class StepCosts:
             count * times.ffn_seconds(layer, all_rows)
             for layer, count in node.shape.layer_kinds().items()
         )
-        if node.pool == "linear":
+        if pools_attention(node.shape, node.pool):
             seconds += self._num_layers * times.projection_seconds(0, all_rows)
         return seconds / self.deployment.dp
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from sidp_sgl.config import ALL
 from sidp_sgl.planner.prefetch_factor import Prefetch, was_factor
 from sidp_sgl.planner.time_model import RankTimes, Work
-from sidp_sgl.planner.weights import block_bytes, pools_attention, units
+from sidp_sgl.planner.weights import block_bytes, pools_attention, table_pieces, units
 from sidp_sgl.scheduler.modes.policy import AUTO, CAS, WAS
 from sidp_sgl.scheduler.modes.times import streams
 from sidp_sgl.weightpool.cas.staging import Staging, make_staging
@@ -48,12 +49,23 @@ class GroupTimes:
         return [kinds[shape.is_moe(layer)] for layer in range(shape.num_layers)]
 
     @cached_property
+    def tables(self) -> tuple[list[int], list[int]]:
+        """Bytes of the blocks of embedding and LM head, where they are pooled."""
+        if self.pooling.pool != ALL:
+            return [], []
+        return table_pieces(self.rank.shape, self.rank.split, max(self.blocks))
+
+    @cached_property
     def placement(self) -> Placement:
-        """Of these blocks."""
+        """Of the layers' blocks, and then the tables'."""
         pooling = self.pooling
         default = EXPERT_SLOTS if self.rank.shape.num_experts > 1 else DEFAULT_SLOTS
         slots = pooling.slots or default
-        return Placement.of(self.blocks, pooling.num_ranks, slots, pooling.placement)
+        placement = Placement.of(self.blocks, pooling.num_ranks, slots, pooling.placement)
+        for pieces, is_fetched in zip(self.tables, (False, True), strict=True):
+            for size in pieces:
+                placement = placement.with_block(size, None, is_fetched=is_fetched)
+        return placement
 
     @cached_property
     def staging(self) -> Staging:
@@ -61,12 +73,16 @@ class GroupTimes:
         shape, split, pool = self.rank.shape, self.rank.split, self.pooling.pool
         kinds = shape.layer_kinds()
         sizes = [unit.row_bytes for layer in kinds for unit in units(shape, layer, split, pool)]
+        row = 2 * shape.hidden_size
+        sizes += [(row, 2 * size // row) for size in self.tables[1]]
         return make_staging(sizes, self.pooling.num_ranks, block_bytes=max(self.blocks))
 
-    def block_seconds(self, layer: int) -> float:
-        """One fetch, at the full rate of the owner's link."""
-        machine = self.rank.machine
-        return machine.copy_seconds + self.blocks[layer] / machine.link_bandwidth
+    def block_seconds(self, block: int) -> float:
+        """One fetch, at the full rate of the owner's link; none of what is read where it lies."""
+        machine, placement = self.rank.machine, self.placement
+        if block in placement.unfetched:
+            return 0.0
+        return machine.copy_seconds + placement.block_bytes(block) / machine.link_bandwidth
 
     @cached_property
     def fetch_seconds(self) -> float:
@@ -113,12 +129,28 @@ class GroupTimes:
         differ, `active_ranks` is all their rows over this rank's.
         """
         active = self.pooling.num_ranks if active_ranks is None else active_ranks
-        remote_share = self.placement.most_slots / len(self.blocks)
+        placement = self.placement
+        fetchable = len(placement.blocks) - len(placement.unfetched)
+        remote_share = placement.most_slots / fetchable
         layers = sum(
             count * self._cas_layer_seconds(layer, work, active, remote_share)
             for layer, count in self.rank.shape.layer_kinds().items()
         )
-        return layers + self.rank.head_seconds(work)
+        return (
+            layers
+            + self.rank.head_seconds(work)
+            + self._sent_head_seconds(active * work.sampled, remote_share)
+        )
+
+    def _sent_head_seconds(self, all_rows: float, remote_share: float) -> float:
+        """The way of the head's rows and logits, where its pieces are others'. Its compute is the
+        same as here: all rows at once, and less of the table."""
+        machine, row = self.rank.machine, 2 * self.rank.shape.hidden_size
+        bandwidth = machine.row_bandwidth or machine.link_bandwidth
+        return remote_share * sum(
+            machine.round_trip_seconds + all_rows * (row + 2 * size / row) / bandwidth
+            for size in self.tables[1]
+        )
 
     def _cas_layer_seconds(
         self, layer: int, work: Work, active: float, remote_share: float

@@ -16,6 +16,7 @@ from sidp_sgl.weightpool.alignment import align
 _VOCAB_PADDING = 64  # rows; SGLang's DEFAULT_VOCAB_PADDING_SIZE
 _BYTES = {"bf16": 2, "fp8": 1}
 _ROUTER_BIAS_BYTES = 4
+_PIECE_ROWS = 64  # a block of a table has a multiple of so many
 _ROTARY_BYTES = 4  # on GPUs SGLang keeps the table in FP32, on CPUs in the model's 16 bits
 
 
@@ -221,7 +222,7 @@ def _attention(shape: ModelShape, tp: int) -> tuple[Gemm, ...]:
 
 def pools_attention(shape: ModelShape, pool: str) -> bool:
     """Latent attention is never pooled."""
-    return pool == "linear" and shape.latent is None
+    return pool != "ffn" and shape.latent is None
 
 
 def units(shape: ModelShape, layer: int, split: Split, pool: str) -> tuple[Unit, ...]:
@@ -268,6 +269,19 @@ def part_bytes(shape: ModelShape, split: Split) -> PartBytes:
         absorbed=absorbed,
         **parts,
     )
+
+
+def table_pieces(shape: ModelShape, split: Split, largest: int) -> tuple[list[int], list[int]]:
+    """Bytes of the blocks that embedding and LM head are on one GPU with `--sidp-pool all`, none of
+    which is larger than `largest`. Tied tables are the head's."""
+    row = 2 * shape.hidden_size
+    most = max(_PIECE_ROWS, largest // row // _PIECE_ROWS * _PIECE_ROWS)
+
+    def pieces(tp: int) -> list[int]:
+        rows = padded_vocab(shape.vocab_size, tp) // tp
+        return [row * min(most, rows - first) for first in range(0, rows, most)]
+
+    return [] if shape.tied else pieces(split.embedding), pieces(split.lm_head)
 
 
 def block_bytes(shape: ModelShape, layer: int, split: Split, pool: str) -> int:

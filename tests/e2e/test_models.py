@@ -166,7 +166,7 @@ def check_memory(pooled: Pooled, after: list[dict]) -> None:
         assert status["checkpoint_bytes_read"] < size - status["pooled_bytes"] / 2 / case.dp_size
     if case.pool == "all":
         assert after[0]["replicated_bytes"] < SIZES["vocab_size"] * SIZES["hidden_size"] * 2
-    elif case.method in ("", "fp8_blocks"):
+    if case.method in ("", "fp8_blocks"):
         planned = planned_kv_tokens(pooled.plain, after[0], "sidp")
         fullest = min(status["kv_capacity_tokens"] for status in after)
         assert fullest == pytest.approx(planned, rel=0.01)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sidp_sgl.config import FFN, LINEAR, PLACEMENTS
+from sidp_sgl.config import FFN, PLACEMENTS, POOLS
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.planner.deployment import Node
 from sidp_sgl.planner.gpus import GPUS, Gpu, find_gpu, read_gpu, with_figures
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--input-len", type=_count, default=1024, metavar="N", help="tokens (default 1024)")
     add("--output-len", type=_count, default=1024, metavar="N", help="tokens (default 1024)")
     add("--mem-fraction", type=float, default=0.9, metavar="X", help="as SGLang's (default 0.9)")
-    add("--pool", choices=(FFN, LINEAR), default=FFN, help="as --sidp-pool (default ffn)")
+    add("--pool", choices=POOLS, default=FFN, help="as --sidp-pool (default ffn)")
     add(
         "--slots",
         type=_count,

@@ -152,7 +152,7 @@ def test_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ([*PLAN, "--num-gpus", "3", "--tp", "3"], "--tp 3 does not divide"),
         ([*PLAN, "--slots", "0"], "--slots"),
         (["plan", "Qwen3-235B-A22B-FP8", "--gpu", "H200", "--tp", "8"], "weight_block_size"),
-        ([*PLAN, "--pool", "all"], "--pool"),
+        ([*PLAN, "--pool", "none"], "--pool"),
         ([*PLAN, "--dtype", "int4"], "--dtype"),
         ([*PLAN, "--hbm-gbps", "-1"], "--hbm-gbps"),
         ([*PLAN, "--hbm-gbps", "inf"], "--hbm-gbps"),

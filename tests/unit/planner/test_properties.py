@@ -21,7 +21,7 @@ models = st.sampled_from(MODELS).map(load_model)
 all_models = st.sampled_from([*MODELS, "DeepSeek-V3", "Qwen3-235B-A22B-FP8"]).map(load_model)
 machines = st.sampled_from(GPUS).map(Machine.from_gpu)
 splits = st.sampled_from([(1, 2), (1, 8), (2, 4), (4, 2)])
-pools = st.sampled_from(["ffn", "linear"])
+pools = st.sampled_from(["ffn", "linear", "all"])
 slots = st.one_of(st.none(), st.integers(1, 12))
 batches = st.integers(1, 2048)
 contexts = st.integers(1, 32768)
@@ -57,8 +57,8 @@ def test_what_sidp_saves(
     hold every block once, evenly."""
     node = Node(shape, machine, 8, pool=pool, slots=num_slots)
     deployment = sidp(node, split)
-    memory, blocks = deployment.memory, deployment.group.blocks
-    placement = deployment.group.placement
+    memory, placement = deployment.memory, deployment.group.placement
+    blocks = [placement.block_bytes(block) for block in range(len(placement.blocks))]
     owned = [placement.owned_bytes(rank) for rank in range(split[1])]
     assert sum(owned) == sum(blocks) == memory.pooled_bytes
     assert max(owned) - min(owned) <= max(blocks)
