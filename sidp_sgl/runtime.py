@@ -16,13 +16,20 @@ from sglang.srt.runtime_context import get_device, get_exec, get_observability, 
 from tqdm import tqdm
 
 from sidp_sgl import __version__
-from sidp_sgl.config import OWN_DISPATCH, SEQUENCE_PARALLEL, SidpConfig
+from sidp_sgl.config import FULL, OFF, OWN_DISPATCH, SEQUENCE_PARALLEL, SidpConfig
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.lifecycle.liveness import tie
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
 from sidp_sgl.scheduler.member import Member
 from sidp_sgl.scheduler.modes.service_share import ServiceShare
-from sidp_sgl.scheduler.status import CasStatus, DispatchStatus, Status, StepsStatus, WasStatus
+from sidp_sgl.scheduler.status import (
+    CasStatus,
+    DispatchStatus,
+    SelfCheckStatus,
+    Status,
+    StepsStatus,
+    WasStatus,
+)
 from sidp_sgl.sglang_hooks import arguments, profiling, refusals, request_checks, required
 from sidp_sgl.sglang_hooks.controller import controller_hooks
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
@@ -52,6 +59,7 @@ from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.placement import Placement
 from sidp_sgl.weightpool.pool import WeightPool
+from sidp_sgl.weightpool.self_check.check import SelfCheck
 from sidp_sgl.weightpool.transport.devices import make_mailbox, make_transport
 
 
@@ -128,7 +136,19 @@ class Rank:
             self.model_config.num_hidden_layers,
         )
         rate = None if config.sidp_link_gbps is None else config.sidp_link_gbps * 1e9
-        self.pool = WeightPool(make_transport(self.device, rate), self.dp_rank, placement)
+        self.pool = WeightPool(
+            make_transport(self.device, rate),
+            self.dp_rank,
+            placement,
+            has_checksums=config.sidp_self_check != OFF,
+        )
+        self.self_check = SelfCheck(
+            self.pool,
+            at_start=config.sidp_self_check != OFF,
+            while_running=config.sidp_self_check == FULL,
+            captures=self.device == "cuda" and has_graphs,
+            meet=self._meet_checked_peers,
+        )
         self.service_share = ServiceShare()
         self.control: ControlPlane | None = None  # on TP rank 0
         if member.tp_rank == 0:
@@ -154,7 +174,9 @@ class Rank:
         self.waiting = WaitingRequests(self.dp_rank, controller, config.engine)
         has_metrics = self.control is not None and get_observability().enable_metrics
         metrics = Metrics(self.status) if has_metrics else None
-        self.hooks = SchedulerHooks(rank_reports, self.pool, self.waiting, self._steps(), metrics)
+        self.hooks = SchedulerHooks(
+            rank_reports, self.pool, self.waiting, self._steps(), self.self_check, metrics
+        )
 
     def _steps(self) -> RankSteps | FollowerSteps:
         shared = SharedMode()
@@ -198,7 +220,13 @@ class Rank:
         if self.cas is not None:
             self.cas.service.start()
             self.execution.requester = self.cas.requester
+            self.self_check.add_calls(self.cas.requester, units)
         return self.execution
+
+    def _meet_checked_peers(self) -> None:
+        """No member of the group is starting any more."""
+        own = Offer(self.member, {}, {}, [])
+        exchange(f"{self.config.engine}-checked", own, self.dp_size)
 
     def _cas_endpoint(self, units: list[PooledUnit]) -> CasEndpoint:
         num_stripes = self.pool.placement.num_stripes
@@ -225,6 +253,7 @@ class Rank:
             "owned_bytes": self.pool.placement.owned_bytes(self.dp_rank),
             "was": asdict(self.pool.prefetcher.counters),
             "cas": self.cas_counters(),
+            "self_check": asdict(self.self_check.coverage),
         }
 
     def status(self) -> Status:
@@ -263,6 +292,9 @@ class Rank:
             batch_threshold=modes.threshold,
             mode_switches=modes.policy.switches,
             mode_switch_reasons=dict(modes.policy.reasons),
+            self_check=SelfCheckStatus(
+                level=config.sidp_self_check, **asdict(self.self_check.coverage)
+            ),
             was=WasStatus(**asdict(pool.prefetcher.counters)),
             iterations=StepsStatus(**modes.steps),
             cas=CasStatus(**control.cas_figures(), **self.cas_counters()),
