@@ -36,6 +36,7 @@ from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.cpu.platform import MEMORY_HOOK, SidpCpuPlatform
 from sidp_sgl.sglang_hooks.cuda import colocation
 from sidp_sgl.sglang_hooks.cuda import defaults as cuda_defaults
+from sidp_sgl.sglang_hooks.cuda import process as cuda_process
 from sidp_sgl.sglang_hooks.cuda.graphs import GraphHooks
 from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
 from sidp_sgl.sglang_hooks.failures import engine as failures
@@ -122,6 +123,7 @@ class Rank:
     ) -> None:
         self.config = config
         self.member = member
+        self.reports = rank_reports
         self.dp_rank, self.dp_size = member.dp_rank, get_parallel().dp_size
         # As resolved: the arguments themselves stay as the user gave them.
         self.device = get_device().device
@@ -175,7 +177,12 @@ class Rank:
         has_metrics = self.control is not None and get_observability().enable_metrics
         metrics = Metrics(self.status) if has_metrics else None
         self.hooks = SchedulerHooks(
-            rank_reports, self.pool, self.waiting, self._steps(), self.self_check, metrics
+            self.reports,
+            self.pool,
+            self.waiting,
+            self._steps(),
+            self.self_check,
+            metrics,
         )
 
     def _steps(self) -> RankSteps | FollowerSteps:
@@ -199,6 +206,7 @@ class Rank:
         if self.config.sidp_colocate:
             colocation.divide_memory(self.dp_size, lambda: self.pool.transport.shared_bytes)
         if self.device == "cuda":
+            cuda_process.set_up()
             required.apply(GraphHooks(self.pool, self.execution).hooks())
 
     def _meet_peers(self, units: list[PooledUnit]) -> UnitExecution:
@@ -234,7 +242,7 @@ class Rank:
         transport = self.pool.transport
         mailbox = make_mailbox(transport, self.dp_rank, self.dp_size, staging, self.graphs)
         owned = [unit for unit in units if self.pool.owns(unit.block)]
-        return CasEndpoint(mailbox, staging, owned, self.service_share.add)
+        return CasEndpoint(mailbox, staging, owned, self.service_share.add, self.reports.give_up)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal on all ranks of a group."""
