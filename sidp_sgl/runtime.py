@@ -34,7 +34,7 @@ from sidp_sgl.sglang_hooks import arguments, profiling, refusals, request_checks
 from sidp_sgl.sglang_hooks.controller import controller_hooks
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.cpu.platform import MEMORY_HOOK, SidpCpuPlatform
-from sidp_sgl.sglang_hooks.cuda import colocation
+from sidp_sgl.sglang_hooks.cuda import colocation, gpus
 from sidp_sgl.sglang_hooks.cuda import defaults as cuda_defaults
 from sidp_sgl.sglang_hooks.cuda import process as cuda_process
 from sidp_sgl.sglang_hooks.cuda.graphs import GraphHooks
@@ -182,6 +182,7 @@ class Rank:
             self.waiting,
             self._steps(),
             self.self_check,
+            self._say,
             metrics,
         )
 
@@ -193,6 +194,11 @@ class Rank:
         if self.member.tp_size > 1:
             steps.share = shared.send
         return steps
+
+    def _say(self) -> None:
+        if self.device == "cuda":
+            is_paced = self.config.sidp_colocate or self.config.sidp_link_gbps is not None
+            gpus.say(self.member, None if is_paced else self.self_check.fetch_rate)
 
     def start(self) -> None:
         required.apply([*self.offloader.hooks(), *self.reader.hooks(), *self.hooks.hooks()])

@@ -1,5 +1,6 @@
 """What SiDP does at each place of SGLang's `Scheduler`, in the order in which it happens."""
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -17,7 +18,8 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 
 class SchedulerHooks:
-    """`metrics`: None without --enable-metrics."""
+    """`say`: what there is to say of the machine when the rank has started; `metrics`: None without
+    --enable-metrics."""
 
     def __init__(
         self,
@@ -26,6 +28,7 @@ class SchedulerHooks:
         waiting: WaitingRequests,
         steps: RankSteps | FollowerSteps,
         self_check: SelfCheck,
+        say: Callable[[], None],
         metrics: Metrics | None,
     ) -> None:
         self.scheduler: Any = None  # SGLang's, once it is made
@@ -34,6 +37,7 @@ class SchedulerHooks:
         self._waiting = waiting
         self._steps = steps
         self._self_check = self_check
+        self._say = say
         self._metrics = metrics
 
     def hooks(self) -> list[Hook]:
@@ -55,6 +59,7 @@ class SchedulerHooks:
             self._self_check.check_blocks()
             self._steps.calibrate(scheduler)
             self._self_check.check_calls()
+            self._say()
             self._reports.pooled()
 
     def _run_event_loop(self, original: Any, *args: Any, **kwargs: Any) -> None:

@@ -36,7 +36,13 @@ class Rank:
         )
         metrics: Any = SimpleNamespace(publish_each_second=self.note("metrics"))
         self.hooks = SchedulerHooks(
-            reports, self.pool, waiting, steps, self_check, metrics if has_metrics else None
+            reports,
+            self.pool,
+            waiting,
+            steps,
+            self_check,
+            self.note("say"),
+            metrics if has_metrics else None,
         )
 
     def note(self, name: str) -> Any:
@@ -65,6 +71,7 @@ def test_a_rank_has_started_when_it_has_checked_and_measured() -> None:
         ("blocks",),
         ("calibrate", SCHEDULER),
         ("calls",),
+        ("say",),
         ("pooled",),
     ]
     assert rank.hooks.scheduler is SCHEDULER
