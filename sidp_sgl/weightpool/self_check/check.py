@@ -48,7 +48,7 @@ class SelfCheck:
         meet: Callable[[], object],
     ) -> None:
         self.coverage = Coverage()
-        self.fetch_rate = 0.0  # bytes per second, of the eager pass
+        self.fetch_rate: float | None = None  # bytes per second; None where unknown
         self._pool = pool
         self._at_start, self._while_running = at_start, while_running
         self._captures = captures
@@ -85,7 +85,8 @@ class SelfCheck:
         counters, started = self._pool.prefetcher.counters, time.perf_counter()
         before = counters.bytes
         faults = blocks.fetch(visit)
-        self.fetch_rate = (counters.bytes - before) / (time.perf_counter() - started)
+        if counters.bytes > before:  # not where all blocks had been fetched
+            self.fetch_rate = (counters.bytes - before) / (time.perf_counter() - started)
         return faults
 
     @torch.no_grad()
@@ -120,11 +121,11 @@ class SelfCheck:
                 coverage.skipped_turns,
             )
 
-    @torch.no_grad()
     def before_step(self) -> None:
         """Now and then compare one of the blocks that lie in their slots; raises SidpError."""
         self._steps += 1
         is_due = self._while_running and self._steps % CANARY_STEPS == 0
         if is_due and self._blocks is not None:
-            raise_first(self._blocks.look(self.coverage.canaries), self._pool.rank)
+            with torch.no_grad():
+                raise_first(self._blocks.look(self.coverage.canaries), self._pool.rank)
             self.coverage.canaries += 1
