@@ -20,7 +20,6 @@ from bench.record import over, record, spread
 from bench.side import Side
 from bench.tables import Table, plain, ranged
 from sidp_sgl.planner.models import read_config
-from sidp_sgl.sglang_hooks.cuda.refusals import UNVERIFIED
 
 PLAIN = "plain DP"
 START_SECONDS = 900.0
@@ -61,7 +60,7 @@ def run_side(
 ) -> dict[str, Any]:
     """Start, warm up, run the job; `error` instead of figures where SGLang fails."""
     try:
-        with Side(name, {UNVERIFIED: "1"}, keywords, START_SECONDS) as side:
+        with Side(name, {}, keywords, START_SECONDS) as side:
             side.run(prompts[: 4 * keywords["dp_size"]], {**sampling, "max_new_tokens": 16})
             result, states = side.run(prompts, sampling), side.states()
     except RuntimeError as error:

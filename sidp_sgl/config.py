@@ -8,6 +8,7 @@ from sidp_sgl.errors import SidpUsageError
 FFN, LINEAR, ALL = POOLS = ("ffn", "linear", "all")
 MODES = ("auto", "was", "cas")
 PLACEMENTS = ("interleaved", "contiguous")
+FULL, START, OFF = SELF_CHECKS = ("full", "start", "off")
 AUTO, REPLICATED, SEQUENCE_PARALLEL = SAMPLINGS = ("auto", "replicated", "sequence-parallel")
 OWN_DISPATCH = "sidp"  # value of --load-balance-method
 
@@ -79,6 +80,14 @@ class SidpConfig:
         metadata=_flag(
             "All ranks on one GPU, each with an equal part of its memory (for development).",
             action="store_true",
+        ),
+    )
+    sidp_self_check: str = field(
+        default=FULL,
+        metadata=_flag(
+            "Compare what comes from other ranks with what its owner has: at start, and now and "
+            "then while running (full), at start, or never (off).",
+            choices=SELF_CHECKS,
         ),
     )
     sidp_sampling: str | None = field(

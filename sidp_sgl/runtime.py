@@ -16,19 +16,27 @@ from sglang.srt.runtime_context import get_device, get_exec, get_observability, 
 from tqdm import tqdm
 
 from sidp_sgl import __version__
-from sidp_sgl.config import OWN_DISPATCH, SEQUENCE_PARALLEL, SidpConfig
+from sidp_sgl.config import FULL, OFF, OWN_DISPATCH, SEQUENCE_PARALLEL, SidpConfig
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.lifecycle.liveness import tie
 from sidp_sgl.scheduler.lifecycle.rendezvous import Offer, exchange
 from sidp_sgl.scheduler.member import Member
 from sidp_sgl.scheduler.modes.service_share import ServiceShare
-from sidp_sgl.scheduler.status import CasStatus, DispatchStatus, Status, StepsStatus, WasStatus
+from sidp_sgl.scheduler.status import (
+    CasStatus,
+    DispatchStatus,
+    SelfCheckStatus,
+    Status,
+    StepsStatus,
+    WasStatus,
+)
 from sidp_sgl.sglang_hooks import arguments, profiling, refusals, request_checks, required
 from sidp_sgl.sglang_hooks.controller import controller_hooks
 from sidp_sgl.sglang_hooks.cpu import memory as cpu_memory
 from sidp_sgl.sglang_hooks.cpu.platform import MEMORY_HOOK, SidpCpuPlatform
-from sidp_sgl.sglang_hooks.cuda import colocation
+from sidp_sgl.sglang_hooks.cuda import colocation, gpus
 from sidp_sgl.sglang_hooks.cuda import defaults as cuda_defaults
+from sidp_sgl.sglang_hooks.cuda import process as cuda_process
 from sidp_sgl.sglang_hooks.cuda.graphs import GraphHooks
 from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
 from sidp_sgl.sglang_hooks.failures import engine as failures
@@ -52,6 +60,7 @@ from sidp_sgl.weightpool.cas.unit import PooledUnit
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.placement import Placement
 from sidp_sgl.weightpool.pool import WeightPool
+from sidp_sgl.weightpool.self_check.check import SelfCheck
 from sidp_sgl.weightpool.transport.devices import make_mailbox, make_transport
 
 
@@ -114,6 +123,7 @@ class Rank:
     ) -> None:
         self.config = config
         self.member = member
+        self.reports = rank_reports
         self.dp_rank, self.dp_size = member.dp_rank, get_parallel().dp_size
         # As resolved: the arguments themselves stay as the user gave them.
         self.device = get_device().device
@@ -128,7 +138,19 @@ class Rank:
             self.model_config.num_hidden_layers,
         )
         rate = None if config.sidp_link_gbps is None else config.sidp_link_gbps * 1e9
-        self.pool = WeightPool(make_transport(self.device, rate), self.dp_rank, placement)
+        self.pool = WeightPool(
+            make_transport(self.device, rate),
+            self.dp_rank,
+            placement,
+            has_checksums=config.sidp_self_check != OFF,
+        )
+        self.self_check = SelfCheck(
+            self.pool,
+            at_start=config.sidp_self_check != OFF,
+            while_running=config.sidp_self_check == FULL,
+            captures=self.device == "cuda" and has_graphs,
+            meet=self._meet_checked_peers,
+        )
         self.service_share = ServiceShare()
         self.control: ControlPlane | None = None  # on TP rank 0
         if member.tp_rank == 0:
@@ -153,7 +175,15 @@ class Rank:
         self.waiting = WaitingRequests(self.dp_rank, controller, config.engine)
         has_metrics = self.control is not None and get_observability().enable_metrics
         metrics = Metrics(self.status) if has_metrics else None
-        self.hooks = SchedulerHooks(rank_reports, self.pool, self.waiting, self._steps(), metrics)
+        self.hooks = SchedulerHooks(
+            self.reports,
+            self.pool,
+            self.waiting,
+            self._steps(),
+            self.self_check,
+            self._say,
+            metrics,
+        )
 
     def _steps(self) -> RankSteps | FollowerSteps:
         shared = SharedMode()
@@ -163,6 +193,11 @@ class Rank:
         if self.member.tp_size > 1:
             steps.share = shared.send
         return steps
+
+    def _say(self) -> None:
+        if self.device == "cuda":
+            is_paced = self.config.sidp_colocate or self.config.sidp_link_gbps is not None
+            gpus.say(self.member, None if is_paced else self.self_check.fetch_rate)
 
     def start(self) -> None:
         required.apply([*self.offloader.hooks(), *self.reader.hooks(), *self.hooks.hooks()])
@@ -176,6 +211,7 @@ class Rank:
         if self.config.sidp_colocate:
             colocation.divide_memory(self.dp_size, lambda: self.pool.transport.shared_bytes)
         if self.device == "cuda":
+            cuda_process.set_up()
             required.apply(GraphHooks(self.pool, self.execution).hooks())
 
     def _meet_peers(self, units: list[PooledUnit]) -> UnitExecution:
@@ -198,7 +234,13 @@ class Rank:
         if self.cas is not None:
             self.cas.service.start()
             self.execution.requester = self.cas.requester
+            self.self_check.add_calls(self.cas.requester, units)
         return self.execution
+
+    def _meet_checked_peers(self) -> None:
+        """No member of the group is starting any more."""
+        own = Offer(self.member, {}, {}, [])
+        exchange(f"{self.config.engine}-checked", own, self.dp_size)
 
     def _cas_endpoint(self, units: list[PooledUnit]) -> CasEndpoint:
         placement = self.pool.placement
@@ -211,7 +253,7 @@ class Rank:
         transport = self.pool.transport
         mailbox = make_mailbox(transport, self.dp_rank, staging, self.graphs)
         owned = [unit for unit in units if self.pool.owns(unit.block)]
-        return CasEndpoint(mailbox, staging, owned, self.service_share.add)
+        return CasEndpoint(mailbox, staging, owned, self.service_share.add, self.reports.give_up)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal on all ranks of a group."""
@@ -230,6 +272,7 @@ class Rank:
             "owned_bytes": self.pool.placement.owned_bytes(self.dp_rank),
             "was": asdict(self.pool.prefetcher.counters),
             "cas": self.cas_counters(),
+            "self_check": asdict(self.self_check.coverage),
         }
 
     def status(self) -> Status:
@@ -268,6 +311,9 @@ class Rank:
             batch_threshold=modes.threshold,
             mode_switches=modes.policy.switches,
             mode_switch_reasons=dict(modes.policy.reasons),
+            self_check=SelfCheckStatus(
+                level=config.sidp_self_check, **asdict(self.self_check.coverage)
+            ),
             was=WasStatus(**asdict(pool.prefetcher.counters)),
             iterations=StepsStatus(**modes.steps),
             cas=CasStatus(**control.cas_figures(), **self.cas_counters()),

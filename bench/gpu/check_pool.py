@@ -11,6 +11,7 @@ from sidp_sgl.weightpool.layout import make_layout
 from sidp_sgl.weightpool.placement import Placement
 from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.schedule import shifted_slots
+from sidp_sgl.weightpool.self_check.blocks import BlockCheck
 from sidp_sgl.weightpool.transport.cuda.transport import CudaTransport
 
 LAYERS, STEPS, REPLAYS = 9, 8, 1000
@@ -120,11 +121,21 @@ def _graphs(rank: Rank, gpu: Gpu, turns: bool, replays: int) -> dict[str, Any]:
     gpu.synchronize()
     is_seen = int(checked.wrong) > wrong_before
     checked.wrong.fill_(wrong_before)
-    return {**checked.close(rank), "poison_is_seen": is_seen}
+    return {**_self_check(checked), **checked.close(rank), "poison_is_seen": is_seen}
+
+
+def _self_check(checked: CheckedPool) -> dict[str, Any]:
+    """As at an engine's start; then with the slots poisoned, as in a fault."""
+    check = BlockCheck(checked.pool)
+    faults = check.fetch() + check.fetch_captured()
+    checked.gpu.synchronize()
+    checked.poison(held=True)
+    return {"self_check_faults": len(faults), "self_check_sees_poison": bool(check.look(0))}
 
 
 def graphs(gpu: Gpu) -> dict[str, Any]:
-    """Two ranks replay captured steps, slots poisoned before each; eager steps in between."""
+    """Two ranks replay captured steps, slots poisoned before each, eager steps in between; then the
+    engine's own self-check."""
     result: dict[str, Any] = {}
     replays = max(20, int(REPLAYS * gpu.scale))
     for name, turns, number in (
@@ -135,6 +146,8 @@ def graphs(gpu: Gpu) -> dict[str, Any]:
         result[name] = {key: [rank[key] for rank in ranks] for key in ranks[0]}
         result[name]["replays"] = number
     result["ok"] = all(
-        not any(values["wrong"]) and all(values["poison_is_seen"]) for values in result.values()
+        not any(values["wrong"] + values["self_check_faults"])
+        and all(values["poison_is_seen"] + values["self_check_sees_poison"])
+        for values in result.values()
     )
     return result

@@ -63,9 +63,10 @@ def _run(
 
 
 def run_ranks(
-    gpu: Gpu, num_ranks: int, function: RankFunction, *args: Any, seconds: float = 60.0
+    gpu: Gpu, num_ranks: int, function: RankFunction, *args: Any, seconds: float = 100.0
 ) -> list[Any]:
-    """`function(rank, gpu, *args)` on every rank; its results, JSON values, by rank."""
+    """`function(rank, gpu, *args)` on every rank; its results, JSON values, by rank. `seconds`
+    includes the imports of every rank's process, from a cold disk."""
     ends: list[dict[int, socket.socket]] = [{} for _ in range(num_ranks)]
     for one in range(num_ranks):
         for other in range(one):

@@ -50,6 +50,20 @@ class DispatchStatus:
 
 
 @dataclass(frozen=True)
+class SelfCheckStatus:
+    """Of the start, but for `canaries`; all 0 where it did not run."""
+
+    level: Annotated[str, About("As `--sidp-self-check`.")]
+    blocks: Annotated[int, About("Blocks of other ranks that had their owners' bytes here.")]
+    bytes: Annotated[int, About("Bytes of these.")]
+    captured_blocks: Annotated[int, About("Those that were fetched in a CUDA graph as well.")]
+    owners_called: Annotated[int, About("Owners that computed rows as they are computed here.")]
+    skipped_turns: Annotated[int, About("Fetches that went on without their turn at an owner.")]
+    seconds: Annotated[float, About("Seconds that it took.")]
+    canaries: Annotated[int, About("Blocks compared while running.")]
+
+
+@dataclass(frozen=True)
 class WasStatus:
     fetches: Annotated[int, counter("Blocks fetched.")]
     bytes: Annotated[
@@ -141,6 +155,7 @@ class Status:
     batch_threshold: Annotated[int | None, gauge("Batch size from which WaS is used.")]
     mode_switches: Annotated[int, counter("Changes of mode between two decode steps.")]
     mode_switch_reasons: Annotated[dict[str, int], About("The same, by reason.")]
+    self_check: SelfCheckStatus
     was: WasStatus
     iterations: StepsStatus
     cas: CasStatus

@@ -1,5 +1,6 @@
 """What SiDP does at each place of SGLang's `Scheduler`, in the order in which it happens."""
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -11,12 +12,14 @@ from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.status.metrics import Metrics
 from sidp_sgl.sglang_hooks.step.rank_steps import FollowerSteps, RankSteps
 from sidp_sgl.weightpool.pool import WeightPool
+from sidp_sgl.weightpool.self_check.check import SelfCheck
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 
 class SchedulerHooks:
-    """`metrics`: None without --enable-metrics."""
+    """`say`: what there is to say of the machine when the rank has started; `metrics`: None without
+    --enable-metrics."""
 
     def __init__(
         self,
@@ -24,6 +27,8 @@ class SchedulerHooks:
         pool: WeightPool,
         waiting: WaitingRequests,
         steps: RankSteps | FollowerSteps,
+        self_check: SelfCheck,
+        say: Callable[[], None],
         metrics: Metrics | None,
     ) -> None:
         self.scheduler: Any = None  # SGLang's, once it is made
@@ -31,6 +36,8 @@ class SchedulerHooks:
         self._pool = pool
         self._waiting = waiting
         self._steps = steps
+        self._self_check = self_check
+        self._say = say
         self._metrics = metrics
 
     def hooks(self) -> list[Hook]:
@@ -39,7 +46,7 @@ class SchedulerHooks:
             Hook(f"{_SCHEDULER}.run_event_loop", self._run_event_loop, HookType.AROUND),
             Hook(f"{_SCHEDULER}._poll_timeout_aborts", self._waiting.pick, HookType.AFTER),
             Hook(f"{_SCHEDULER}.ingest_requests", self._after_ingest, HookType.AFTER),
-            Hook(f"{_SCHEDULER}.run_batch", self._steps.run_batch, HookType.AROUND),
+            Hook(f"{_SCHEDULER}.run_batch", self._run_batch, HookType.AROUND),
         ]
 
     def _init(self, original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
@@ -49,12 +56,19 @@ class SchedulerHooks:
                 raise SidpError("--sidp: SGLang has loaded the model past the weight pool")
             self.scheduler = scheduler
             self._waiting.handle_give_back(scheduler)
+            self._self_check.check_blocks()
             self._steps.calibrate(scheduler)
+            self._self_check.check_calls()
+            self._say()
             self._reports.pooled()
 
     def _run_event_loop(self, original: Any, *args: Any, **kwargs: Any) -> None:
         with self._reports.errors():
             original(*args, **kwargs)
+
+    def _run_batch(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        self._self_check.before_step()
+        return self._steps.run_batch(original, *args, **kwargs)
 
     def _after_ingest(self, messages: list[Any], scheduler: Any, *_: Any, **__: Any) -> list[Any]:
         """Once per iteration, also where the rank is idle: an idle owner serves rows."""

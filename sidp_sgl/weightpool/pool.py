@@ -1,8 +1,9 @@
 """One rank's share of the pooled weights: its stripes of the blocks, slots for the others."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from sidp_sgl.weightpool.layout import BlockLayout
 from sidp_sgl.weightpool.placement import Placement, Stripe
 from sidp_sgl.weightpool.schedule import make_schedule
+from sidp_sgl.weightpool.self_check.checksum import checksum
 from sidp_sgl.weightpool.transport.interface import PeerStripe, Transport
 from sidp_sgl.weightpool.was.captured import CapturedStep
 from sidp_sgl.weightpool.was.prefetch import Prefetcher
@@ -20,7 +22,8 @@ class WeightPool:
     """Steps, in this order: `add_block` each unless `placement` has them, `own`, exchange `offer`
     with the peers, `connect` each, `start`. From then on blocks are entered and left in order.
 
-    `takes_turns`: whether an owner serves one reader at a time.
+    `takes_turns`: whether an owner serves one reader at a time. `has_checksums`: whether offers
+    have those of their stripes.
     """
 
     transport: Transport
@@ -28,6 +31,7 @@ class WeightPool:
     placement: Placement
     order: str = "sequential"
     takes_turns: bool = True
+    has_checksums: bool = True
     layouts: dict[int, BlockLayout] = field(default_factory=dict)
     _stripes: dict[int, list[PeerStripe]] = field(default_factory=dict)  # of each block, in order
     _prefetcher: Prefetcher | None = None
@@ -80,31 +84,47 @@ class WeightPool:
         return offsets
 
     def _add_stripes(
-        self, block: int, owner: int, memory: torch.Tensor, stripes: list[Stripe]
+        self,
+        block: int,
+        owner: int,
+        memory: torch.Tensor,
+        stripes: list[Stripe],
+        checksums: Sequence[int] = (),
     ) -> None:
         """`stripes` of `block` lie one after the other in `memory` of `owner`."""
         known, start = self._stripes.setdefault(block, []), 0
-        for stripe in stripes:
+        for stripe, expected in zip_longest(stripes, checksums):
             data = memory[start : start + stripe.num_bytes]
-            known.append(PeerStripe(owner, data, stripe.offset))
+            known.append(PeerStripe(owner, data, stripe.offset, expected))
             start += stripe.num_bytes
         known.sort(key=lambda stripe: stripe.offset)
 
     def offer(self) -> dict[str, Any]:
         """What peers must know, as JSON values; the file descriptors travel beside it."""
         return {
-            str(block): self.layouts[block].as_dict() for block in self.placement.owned(self.rank)
+            str(block): {"layout": self.layouts[block].as_dict(), "checksums": self._sums(block)}
+            for block in self.placement.owned(self.rank)
         }
+
+    def _sums(self, block: int) -> list[int]:
+        """Of this rank's stripes of a block, in order."""
+        own = [stripe.data for stripe in self._stripes[block] if stripe.owner == self.rank]
+        return [int(checksum(data)) for data in own] if self.has_checksums else []
 
     def connect(self, owner: int, offer: Mapping[str, Any], file_descriptors: list[int]) -> None:
         """Take over what `owner` offered."""
         for block, values in offer.items():
-            layout = BlockLayout.from_dict(values)
+            layout = BlockLayout.from_dict(values["layout"])
             self.layouts[int(block)] = layout
             self._fit(int(block), layout)
         memory = self.transport.connect(owner, file_descriptors)
         for block_id, (start, stripes) in self._offsets_of(owner).items():
-            self._add_stripes(block_id, owner, memory[start:], stripes)
+            checksums = offer[str(block_id)]["checksums"]
+            self._add_stripes(block_id, owner, memory[start:], stripes, checksums)
+
+    def stripes(self, block: int) -> list[PeerStripe]:
+        """In the order of their places."""
+        return self._stripes[block]
 
     def owner_views(self, block: int) -> dict[str, torch.Tensor]:
         """Name → view of a block where its owner has it; not to be written."""

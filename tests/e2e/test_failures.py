@@ -17,6 +17,7 @@ import sglang
 
 from sidp_sgl.scheduler.lifecycle.liveness import RankFailure
 from tests.support.checkpoints import write_checkpoint
+from tests.support.disturbances import Disturbances, disturbed
 from tests.support.server import START_SECONDS, Server
 from tests.support.traces import Traces, traced, wait_for_ranks
 
@@ -44,15 +45,17 @@ def traces() -> Iterator[Traces]:
         yield found
 
 
-def start_engine(model: Path) -> sglang.Engine:
-    return sglang.Engine(model_path=str(model), sidp=True, log_level="error", **SETTINGS)
+def start_engine(model: Path, **keywords: str) -> sglang.Engine:
+    settings = {**SETTINGS, **keywords}
+    return sglang.Engine(model_path=str(model), sidp=True, log_level="error", **settings)
 
 
 class Killer(threading.Thread):
-    """Kills a rank of this process's engine while it starts."""
+    """Looks at this process's engine while it starts, and kills a rank of it."""
 
-    def __init__(self, traces: Traces, num_processes: int = 2) -> None:
+    def __init__(self, traces: Traces, num_processes: int = 2, *, kills: bool = True) -> None:
         super().__init__(daemon=True)
+        self._kills = kills
         self._traces = traces
         self._num_processes = num_processes
         self.start()
@@ -61,7 +64,8 @@ class Killer(threading.Thread):
         self.victim = wait_for_ranks(os.getpid(), self._num_processes, START_SECONDS)[-1]
         self._traces.processes()
         self.time = time.monotonic()
-        self.victim.kill()
+        if self._kills:
+            self.victim.kill()
 
 
 @pytest.mark.thorough
@@ -78,6 +82,29 @@ def test_rank_killed_while_starting(model: Path, traces: Traces) -> None:
     engine = start_engine(model)  # right after, in the same process
     assert engine.generate(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 4})
     engine.shutdown()
+
+
+def test_a_wrong_byte_ends_the_start(model: Path, traces: Traces) -> None:
+    """Blocks of rank 1 arrive with one at rank 0."""
+    killer = Killer(traces, kills=False)
+    with disturbed(Disturbances(wrong_owner=1)), pytest.raises(RankFailure) as caught:
+        start_engine(model)
+    killer.join()
+    caught.match(
+        "^DP rank 0 failed while the engine was starting: --sidp-self-check: block 1 of DP rank 1 "
+        r"has other bytes at DP rank 0 than at its owner \(fetched into its slot; 1 more\): .*$"
+    )
+    assert len(str(caught.value).splitlines()) == 1
+    traces.assert_nothing_left(END_SECONDS)
+
+
+@pytest.mark.thorough
+def test_without_the_self_check_nobody_sees_a_wrong_byte(model: Path) -> None:
+    with traced(SIDP_CPU_DEVICE_MEMORY="16MiB"), disturbed(Disturbances(wrong_owner=1)):
+        engine = start_engine(model, sidp_self_check="off")
+        states = engine.get_server_info()["internal_states"]
+        assert [state["sidp"]["self_check"]["blocks"] for state in states] == [0, 0]
+        engine.shutdown()
 
 
 @pytest.mark.thorough

@@ -152,6 +152,9 @@ def check_mechanism(case: Case, rank: int, before: list[dict], after: list[dict]
     assert sent >= steps["cas"] * (fetched - new["cache_slots"])
     assert (steps["cas"] > 20) == (case.mode != "was")
     assert new["cas"]["fallbacks"] == new["cas"]["failed"] == 0
+    owners = 0 if case.mode == "was" else case.dp_size - 1
+    checked = new["self_check"]
+    assert checked["blocks"] >= fetched and checked["owners_called"] == owners
     assert new["placeholders_unmaterialised"] >= 2 * fetched * (2 if case.method else 1)
 
 

@@ -165,6 +165,8 @@ def check_mechanism(case: Case, before: list[dict], after: list[dict]) -> None:
         else:
             assert fetches == steps * fetched_layers
         block = new["pooled_bytes"] // len(layers)
+        checked = new["self_check"]
+        assert (checked["blocks"], checked["bytes"]) == (fetched_layers, fetched_layers * block)
         assert new["was"]["bytes"] == new["was"]["fetches"] * block
         assert new["was"]["resyncs"] == 0
 

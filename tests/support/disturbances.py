@@ -1,5 +1,5 @@
 """Faults on purpose in an engine under test: forced switches of the mode, declines, late answers,
-and prompts that end it.
+blocks that arrive with a wrong byte, and prompts that end it.
 
 Ranks are processes of their own. SGLang loads the plugins that it finds on the path in each of
 them: inside `disturbed` there is one more, which is `install` below.
@@ -20,9 +20,12 @@ from unittest.mock import patch
 
 import orjson
 import psutil
+import torch
 
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
+from sidp_sgl.weightpool.transport.interface import PeerStripe
+from sidp_sgl.weightpool.transport.shm.transport import ShmCopyStream
 
 POISONS = ("rank", "raise", "controller", "detokenizer", "engine")
 _POISON = "poison: "
@@ -35,13 +38,15 @@ _PLUGIN = {
 
 @dataclass(frozen=True)
 class Disturbances:
-    """Probabilities between 0 and 1; `switch_every` in decode steps, 0 for never."""
+    """Probabilities between 0 and 1; `switch_every` in decode steps, 0 for never; `wrong_owner`:
+    the rank whose blocks arrive with a wrong byte, if any."""
 
     switch_every: int = 0
     decline: float = 0.0
     delay: float = 0.0
     delay_ms: float = 0.0
     seed: int = 0
+    wrong_owner: int | None = None
 
 
 @contextmanager
@@ -65,7 +70,8 @@ def disturbed(disturbances: Disturbances) -> Iterator[None]:
 
 
 def install() -> None:
-    """SGLang's plugin: every control plane that is made in this process is disturbed."""
+    """SGLang's plugin: every control plane that is made in this process is disturbed, and so are
+    its copies."""
     original = ControlPlane.__init__
 
     def disturbed_init(plane: ControlPlane, *args: Any, **kwargs: Any) -> None:
@@ -74,8 +80,21 @@ def install() -> None:
             disturb(plane, Disturbances(**orjson.loads(text)))
 
     ControlPlane.__init__ = disturbed_init  # type: ignore[method-assign]
+    _spoil_copies()
     if scheduler := sys.modules.get("sglang.srt.managers.scheduler"):
         _take_poison(scheduler.Scheduler)
+
+
+def _spoil_copies() -> None:
+    copy = ShmCopyStream._copy
+
+    def spoiled(stream: ShmCopyStream, target: torch.Tensor, source: PeerStripe) -> None:
+        copy(stream, target, source)
+        text = os.environ.get(_VARIABLE)
+        if text and source.owner == Disturbances(**orjson.loads(text)).wrong_owner:
+            target[-1] ^= 1
+
+    ShmCopyStream._copy = spoiled  # type: ignore[method-assign]
 
 
 def poison(kind: str) -> str:

@@ -10,7 +10,7 @@ import ctypes
 import random
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -238,6 +238,14 @@ class FakeCuda(CudaDriver):
 
     def run(self, stream: int, work: Work) -> None:
         self.enqueue(stream, work)
+
+    def launch(self, work: Callable[[], object]) -> None:
+        self.enqueue(self.current_stream(), work)
+
+    def captured(self, work: Work) -> Work:
+        with self.capture() as graph:
+            work()
+        return lambda: self.replay(graph, seed=len(graph))
 
     def synchronize(self) -> None:
         for number, _ in self._streams():

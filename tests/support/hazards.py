@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import torch
 
-from sidp_sgl.weightpool.transport.interface import CopyStream, Event, PeerStripe, Stream
+from sidp_sgl.weightpool.transport.interface import ComputeStream, CopyStream, Event, PeerStripe
 from sidp_sgl.weightpool.transport.shm.transport import ShmCopyStream, ShmTransport
 
 Kernel = Callable[[], None]
 
 
-class AsyncComputeStream(Stream):
+class AsyncComputeStream(ComputeStream):
     """In-order work beside the host, which runs ahead: `launch` returns at once, work starts late.
 
     `ignore_waits` is the negative control: kernels then read slots that are not ready.
@@ -129,6 +129,9 @@ class HazardousTransport(ShmTransport):
         copies = HazardousCopyStream(self, dice, reorder, ignore_released)
         self.copy_stream = copies  # type: ignore[assignment]
         self.compute_stream = AsyncComputeStream(dice, ignore_ready)  # type: ignore[assignment]
+
+    def synchronize(self) -> None:
+        self.compute_stream.synchronize()  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self.compute_stream.close()  # type: ignore[attr-defined]

@@ -4,7 +4,6 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -32,6 +31,7 @@ class Group:
     num_slots: int | None = None
     turns: bool = True
     stripes: bool = False  # whether every rank owns a part of every block
+    unfetched: frozenset[int] = frozenset()  # blocks that are read where they lie
 
     def placement(self) -> Placement:
         sizes = [layer_bytes(layer) for layer in range(self.num_layers)]
@@ -40,7 +40,7 @@ class Group:
             placement = replace(placement, num_slots=max(1, shifted_slots(placement)))
         for block, size in enumerate(sizes if self.stripes else []):
             placement = placement.with_stripes(block, even_stripes(size, self.num_ranks))
-        return placement
+        return replace(placement, unfetched=self.unfetched)
 
     def owners(self) -> list[int]:
         return [owners[0] for owners in map(self.placement().owners, range(self.num_layers))]
@@ -97,11 +97,7 @@ class RankUnderTest:
             self.step += 1
 
     def _launch(self, kernel: Callable[[], None]) -> None:
-        launch: Any = getattr(self.pool.transport.compute_stream, "launch", None)
-        if launch is None:
-            kernel()
-        else:
-            launch(kernel)
+        self.pool.transport.compute_stream.launch(kernel)
 
     def _check(self, step: int, layer: int) -> None:
         for name, tensor in self.expected[layer].items():
@@ -189,4 +185,7 @@ def _start(pool: WeightPool, own: dict[int, torch.Tensor]) -> dict[int, Tensors]
     """Every layer's views: own blocks and slots."""
     whole = {layer: own[layer] for layer in own if pool.owns(layer)}
     views = {layer: pool.layouts[layer].views(memory) for layer, memory in whole.items()}
-    return {**views, **pool.start()}
+    views.update(pool.start())
+    for layer in pool.placement.unfetched - set(views):
+        views[layer] = pool.owner_views(layer)
+    return views

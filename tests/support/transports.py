@@ -1,7 +1,5 @@
 """Both transports behind one door, for the tests that hold for either."""
 
-from collections.abc import Callable
-
 import torch
 
 from sidp_sgl.weightpool.transport.cuda.streams import Copier, CudaComputeStream
@@ -14,12 +12,9 @@ KINDS = ["shm", "cuda"]
 
 
 class LaunchingStream(CudaComputeStream):
-    """Lets tests enqueue kernels of their own beside the transport's work."""
+    """Tests wait for what they have launched."""
 
     driver: FakeCuda
-
-    def launch(self, kernel: Callable[[], None]) -> None:
-        self.driver.enqueue(self.driver.current_stream(), kernel)
 
     def synchronize(self) -> None:
         self.driver.synchronize()

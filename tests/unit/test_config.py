@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.config import MODES, PLACEMENTS, POOLS, SidpConfig, flag_name
+from sidp_sgl.config import MODES, PLACEMENTS, POOLS, SELF_CHECKS, SidpConfig, flag_name
 from sidp_sgl.errors import SidpUsageError
 
 
@@ -31,6 +31,7 @@ def test_defaults() -> None:
         "sidp_cache_slots": None,
         "sidp_link_gbps": None,
         "sidp_colocate": False,
+        "sidp_self_check": "full",
         "sidp_sampling": None,
         "engine": "",
         "own_dispatch": True,
@@ -54,6 +55,7 @@ CHOICES = [
     ("sidp_pool", POOLS),
     ("sidp_mode", MODES),
     ("sidp_placement", PLACEMENTS),
+    ("sidp_self_check", SELF_CHECKS),
 ]
 
 
@@ -135,6 +137,7 @@ def test_the_switch_is_a_switch(value: Any) -> None:
         ("sidp_placement", "contiguous"),
         ("sidp_cache_slots", 2),
         ("sidp_link_gbps", 1.0),
+        ("sidp_self_check", "off"),
     ],
 )
 def test_a_flag_without_sidp_is_refused(name: str, value: Any) -> None:

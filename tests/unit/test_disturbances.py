@@ -6,11 +6,14 @@ from importlib.metadata import entry_points
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.modes.policy import CAS, WAS
 from sidp_sgl.scheduler.modes.service_share import ServiceShare
+from sidp_sgl.weightpool.transport.interface import PeerStripe
+from sidp_sgl.weightpool.transport.shm.transport import ShmCopyStream
 from tests.support import disturbances
 from tests.support.disturbances import (
     Disturbances,
@@ -41,6 +44,7 @@ def test_the_plugin_disturbs_the_control_planes_of_its_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ControlPlane, "__init__", ControlPlane.__init__)  # put back afterwards
+    monkeypatch.setattr(ShmCopyStream, "_copy", ShmCopyStream._copy)
     install()
     plane = make_control_plane(uuid.uuid4().hex)
     assert plane.lease_server.refusal() is None, "without its variable the plugin does nothing"
@@ -49,6 +53,23 @@ def test_the_plugin_disturbs_the_control_planes_of_its_process(
         plane = make_control_plane(uuid.uuid4().hex)
         assert plane.lease_server.refusal() == "disturbed"
         assert [plane.modes.policy.decide(1, None) for _ in range(6)] == [CAS] * 5 + [WAS]
+
+
+def test_the_plugin_spoils_blocks_of_one_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ControlPlane, "__init__", ControlPlane.__init__)
+    monkeypatch.setattr(ShmCopyStream, "_copy", ShmCopyStream._copy)
+    install()
+
+    def copied(owner: int) -> list[int]:
+        stream, target = ShmCopyStream({}), torch.zeros(3, dtype=torch.uint8)
+        stream.copy(target, PeerStripe(owner, torch.tensor([1, 2, 4], dtype=torch.uint8)))
+        stream.synchronize()
+        stream.close()
+        return target.tolist()
+
+    assert copied(1) == [1, 2, 4]
+    with disturbed(Disturbances(wrong_owner=1)):
+        assert copied(1) == [1, 2, 5] and copied(0) == [1, 2, 4]
 
 
 def refusals(answers: DisturbedAnswers, count: int) -> list[str | None]:

@@ -6,19 +6,13 @@ from typing import Any
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.errors import SidpUsageError
 
-UNVERIFIED = "SIDP_CUDA_UNVERIFIED"  # lets --sidp run on GPUs before that was verified
 ONE_DEVICE = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
 
 
 def check_device(cfg: Any, config: SidpConfig) -> None:
     """Raise SidpUsageError for a device, or CUDA graphs, that --sidp does not run on."""
     if cfg.device not in ("cpu", "cuda"):
-        raise SidpUsageError(f"--sidp does not run on --device {cfg.device}: use --device cpu")
-    if cfg.device == "cuda" and os.environ.get(UNVERIFIED) != "1":
-        raise SidpUsageError(
-            "--sidp on --device cuda has not been verified on hardware yet: use --device cpu, or "
-            f"set {UNVERIFIED}=1 to try it all the same"
-        )
+        raise SidpUsageError(f"--sidp does not run on --device {cfg.device}: use cuda or cpu")
     if cfg.device == "cpu" and config.sidp_colocate:
         raise SidpUsageError(
             "--sidp-colocate puts all ranks on one GPU, and --device cpu has none: drop it"

@@ -33,9 +33,13 @@ class RankReports:
         try:
             yield
         except Exception as error:
-            if not isinstance(error, SidpError):
-                logger.exception("%s fails", self._member)
-            give_up(self._engine, self._member, error)
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        """Report `error`, which has been caught, and end the process."""
+        if not isinstance(error, SidpError):
+            logger.error("%s fails", self._member, exc_info=error)
+        give_up(self._engine, self._member, error)
 
     def pooled(self) -> None:
         """The rank has started, and its pool is active."""

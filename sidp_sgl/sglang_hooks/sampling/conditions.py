@@ -1,21 +1,19 @@
 """With which of SGLang's flags TP ranks can share the sampling; decided in the main process."""
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
-from sidp_sgl.config import SEQUENCE_PARALLEL
+from sidp_sgl.config import AUTO, SEQUENCE_PARALLEL
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
-from sidp_sgl.sglang_hooks.cuda.refusals import UNVERIFIED
 from sidp_sgl.sglang_hooks.refusals import Rule, more_than_one
 
 logger = logging.getLogger(__name__)
-
+VERIFIED = ("cpu",)  # devices on which `auto` shares
 
 RULES = [
     Rule("pp_size", more_than_one, "--pp-size", "pipeline parallelism is not supported yet"),
@@ -50,11 +48,6 @@ def obstacle(cfg: Any, models: Callable[[], Iterable[str]] = lambda: ()) -> str 
             return f"does not work with {rule.flag} {value}: {rule.reason}; drop one of them"
     if cfg.device not in ("cpu", "cuda"):
         return f"does not run on --device {cfg.device}: drop it"
-    if cfg.device == "cuda" and os.environ.get(UNVERIFIED) != "1":
-        return (
-            "has not been verified on --device cuda yet: drop it, or set "
-            f"{UNVERIFIED}=1 to try it all the same"
-        )
     if edits := EDITING_MODELS.intersection(models()):
         return f"does not work with {min(edits)}: it edits whole rows of logits; drop it"
     return None
@@ -66,6 +59,8 @@ def _decide(server_args: Any, previous: Callable[[Any], None]) -> None:
     if asked is not None:
         cfg = resolving_view(server_args)
         reason = obstacle(cfg, lambda: model_config_of(server_args).hf_config.architectures or ())
+        if reason is None and asked == AUTO and cfg.device not in VERIFIED:
+            reason = f"has not been verified on --device {cfg.device} yet; name it to try it"
         if reason is not None and asked == SEQUENCE_PARALLEL:
             error = SidpUsageError(f"--sidp-sampling {asked} {reason}")
             if arguments.is_command_line(server_args):

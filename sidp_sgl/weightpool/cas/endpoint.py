@@ -12,7 +12,8 @@ from sidp_sgl.weightpool.cas.unit import PooledUnit
 
 
 class CasEndpoint:
-    """`owned`: the units of the blocks that this rank owns, which its service computes."""
+    """`owned`: the units of the blocks that this rank owns, which its service computes; `on_busy`
+    and `on_failure` as `Service`."""
 
     def __init__(
         self,
@@ -20,11 +21,12 @@ class CasEndpoint:
         staging: Staging,
         owned: Sequence[PooledUnit],
         on_busy: Callable[[float, float], None] = lambda start, end: None,
+        on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
         self.mailbox = mailbox
         self.requester = Requester(mailbox, staging)
         served = {unit.number: unit for unit in mailbox.prepare(owned)}
-        self.service = Service(mailbox, served, on_busy)
+        self.service = Service(mailbox, served, on_busy, on_failure)
 
     def counters(self) -> dict[str, Any]:
         """What was sent and served; times in seconds."""

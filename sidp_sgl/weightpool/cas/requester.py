@@ -70,9 +70,12 @@ class Requester:
         unit: PooledUnit,
         payload: Sequence[torch.Tensor],
         out: torch.Tensor | None = None,
+        patience: float | None = None,
     ) -> torch.Tensor | None:
         """The sum of what `owners` compute of `unit`, [num_rows, result.width], in `out` where
-        given; None where the unit has to be computed here, as all further ones of this step."""
+        given; None where the unit has to be computed here, as all further ones of this step.
+        `patience`: seconds, in place of the usual ones."""
+        patience = self._patience if patience is None else patience
         num_rows = len(payload[0])
         fits = all(row.fits(rows) for row, rows in zip(unit.payload, payload, strict=True))
         if num_rows > self.step_rows or not fits:
@@ -84,8 +87,8 @@ class Requester:
         outcomes = []
         for owner in owners:
             # Whoever follows a silent one had as long as that.
-            patience = 0.0 if Outcome.SILENT in outcomes else self._patience
-            outcomes.append(self._mailbox.wait(owner, patience))
+            seconds = 0.0 if Outcome.SILENT in outcomes else patience
+            outcomes.append(self._mailbox.wait(owner, seconds))
         counters = self.counters
         counters.wait_seconds += time.perf_counter() - started
         counters.calls += 1

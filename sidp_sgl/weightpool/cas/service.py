@@ -34,13 +34,15 @@ class ServiceCounters:
 
 class Service:
     """Serves `units` (number → unit; those of owned blocks). `on_busy(start, end)`, in monotonic
-    seconds, is told how long each round of service took."""
+    seconds, is told how long each round of service took; `on_failure`, by its thread, that it can't
+    even answer any more and ends."""
 
     def __init__(
         self,
         mailbox: Mailbox,
         units: Mapping[int, PooledUnit],
         on_busy: Callable[[float, float], None] = lambda start, end: None,
+        on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
         self.counters = ServiceCounters()
         self._mailbox = mailbox
@@ -48,6 +50,7 @@ class Service:
         self._results: dict[int, RowsViews] = {}
         self._units = units
         self._on_busy = on_busy
+        self._on_failure = on_failure
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="sidp-service", daemon=True)
 
@@ -61,6 +64,14 @@ class Service:
             self._thread.join(2 * _POLL_SECONDS)
 
     def _run(self) -> None:
+        try:
+            self._serve_calls()
+        except Exception as error:  # requesters would meet silence for ever
+            if self._on_failure is None:
+                raise
+            self._on_failure(error)
+
+    def _serve_calls(self) -> None:
         with torch.inference_mode(), self._mailbox.serving():
             while not self._stopped:
                 calls = self._mailbox.receive(_POLL_SECONDS)
@@ -72,7 +83,8 @@ class Service:
                     self._on_busy(started, ended)
 
     def serve(self, calls: list[Call]) -> None:
-        """Compute and answer `calls`; one that can't be computed is answered as failed."""
+        """Compute and answer `calls`; one that can't be computed is answered as failed. Raises what
+        keeps even that from being said, as a device that has failed."""
         by_unit: dict[int, list[Call]] = defaultdict(list)
         for call in calls:
             by_unit[call.unit].append(call)

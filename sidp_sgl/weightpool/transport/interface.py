@@ -6,7 +6,7 @@ work wait for the latest mark that was recorded before the call, and is a no-op 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,14 +34,23 @@ class Stream(ABC):
         """Later work of this stream waits for the event's latest mark."""
 
 
+class ComputeStream(Stream):
+    """The stream of the forward pass."""
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """Enqueue what `work` enqueues through PyTorch."""
+        work()
+
+
 @dataclass(frozen=True)
 class PeerStripe:
     """A stripe of a block in its owner's memory: `data` [num_bytes] uint8, not to be written, which
-    belongs at byte `offset` of the block."""
+    belongs at byte `offset` of the block. `checksum`: of its bytes, as the owner offered it."""
 
     owner: int
     data: torch.Tensor
     offset: int = 0
+    checksum: int | None = None
 
 
 class CopyStream(Stream):
@@ -81,7 +90,7 @@ class CopyStream(Stream):
 class Transport(ABC):
     """One rank's side. `allocate` once, `export` to the peers, `connect` to theirs."""
 
-    compute_stream: Stream
+    compute_stream: ComputeStream
     copy_stream: CopyStream
 
     @abstractmethod
@@ -112,6 +121,14 @@ class Transport(ABC):
     def is_capturing(self) -> bool:
         """Whether what is enqueued now becomes part of a CUDA graph."""
         return False
+
+    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What `work` enqueues as a CUDA graph: its launch on the compute stream."""
+        raise NotImplementedError("this transport has no graphs")
+
+    @abstractmethod
+    def skipped_turns(self) -> int:
+        """Fetches so far that went on without a turn."""
 
     def synchronize(self) -> None:  # noqa: B027 (nothing to do on CPUs)
         """Block until the compute is done; on CPUs it always is."""

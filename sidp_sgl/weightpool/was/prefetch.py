@@ -71,6 +71,11 @@ class Prefetcher:
             for _ in range(schedule.num_slots)
         ]
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every block stays in its slot once it is fetched."""
+        return self._schedule.keeps_all
+
     def slot_of(self, block: int) -> Slot:
         return self.slots[self._schedule.slot_of[block]]
 

@@ -25,11 +25,24 @@ class Rank:
             count=self.note("count"), pick=self.note("pick"), handle_give_back=self.note("handle")
         )
         steps: Any = SimpleNamespace(
-            calibrate=self.note("calibrate"), publish=self.note("publish"), run_batch=self.note("")
+            calibrate=self.note("calibrate"),
+            publish=self.note("publish"),
+            run_batch=self.note("step"),
+        )
+        self_check: Any = SimpleNamespace(
+            check_blocks=self.note("blocks"),
+            check_calls=self.note("calls"),
+            before_step=self.note("before step"),
         )
         metrics: Any = SimpleNamespace(publish_each_second=self.note("metrics"))
         self.hooks = SchedulerHooks(
-            reports, self.pool, waiting, steps, metrics if has_metrics else None
+            reports,
+            self.pool,
+            waiting,
+            steps,
+            self_check,
+            self.note("say"),
+            metrics if has_metrics else None,
         )
 
     def note(self, name: str) -> Any:
@@ -49,13 +62,16 @@ def test_every_hook_has_a_place_of_its_own_in_sglang() -> None:
     assert all(callable(pkgutil.resolve_name(target)) for target in targets)
 
 
-def test_a_rank_has_started_when_it_has_measured() -> None:
+def test_a_rank_has_started_when_it_has_checked_and_measured() -> None:
     rank = Rank()
     rank.hooks._init(rank.note("init"), SCHEDULER, "arguments", port_args="ports")
     assert rank.log == [
         ("init", SCHEDULER, "arguments", "ports"),
         ("handle", SCHEDULER),
+        ("blocks",),
         ("calibrate", SCHEDULER),
+        ("calls",),
+        ("say",),
         ("pooled",),
     ]
     assert rank.hooks.scheduler is SCHEDULER
@@ -67,6 +83,12 @@ def test_a_rank_without_a_pool_has_not_started() -> None:
     rank.hooks._init(rank.note("init"), SCHEDULER)
     _, error = rank.log
     assert isinstance(error, SidpError) and "past the weight pool" in str(error)
+
+
+def test_the_self_check_goes_on_between_steps() -> None:
+    rank = Rank()
+    rank.hooks._run_batch("original", SCHEDULER, "batch", pp_proxy_tensors=None)
+    assert rank.log == [("before step",), ("step", "original", SCHEDULER, "batch", None)]
 
 
 @pytest.mark.parametrize("has_metrics", [True, False])

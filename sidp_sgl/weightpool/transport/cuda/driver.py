@@ -184,6 +184,10 @@ class CudaDriver:
         with self.on_stream(stream):
             work()
 
+    def launch(self, work: Callable[[], object]) -> None:
+        """Enqueue what `work` enqueues through PyTorch on the current stream."""
+        work()
+
     def synchronize(self) -> None:
         """Block until all work of this process on the device is done."""
         torch.cuda.synchronize(self.device)
@@ -231,9 +235,25 @@ class CudaDriver:
         again on it; `work` runs once before, to warm up. All graphs of a driver share memory."""
         work()
         self.synchronize()
+        return self._graph_of(work, self._graph_pool)
+
+    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What `work`, which has been warmed up, enqueues on the current stream, and on others that
+        it forks and joins, to be launched on the stream that is current then. With memory of its
+        own."""
+        stream = self.create_stream()
+        try:
+            with self.on_stream(stream):
+                return self._graph_of(work, None)
+        finally:
+            self.destroy_stream(stream)
+
+    def _graph_of(
+        self, work: Callable[[], None], pool: tuple[int, int] | None
+    ) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # What other threads ask of the driver meanwhile is not of this graph.
-        graph.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             work()
         finally:

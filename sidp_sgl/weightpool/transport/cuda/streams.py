@@ -2,6 +2,7 @@
 
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,10 @@ from sidp_sgl.kernels import pacing, ticket_lock
 from sidp_sgl.weightpool.transport.cuda.driver import CudaDriver
 from sidp_sgl.weightpool.transport.interface import (
     WAIT_SECONDS,
+    ComputeStream,
     CopyStream,
     Event,
     PeerStripe,
-    Stream,
     TransportError,
 )
 
@@ -41,7 +42,7 @@ class CudaEvent(Event):
         weakref.finalize(self, driver.destroy_event, self.handle).atexit = False
 
 
-class CudaComputeStream(Stream):
+class CudaComputeStream(ComputeStream):
     """Whatever stream PyTorch enqueues on at the moment: SGLang's, or the one that captures."""
 
     def __init__(self, driver: CudaDriver) -> None:
@@ -54,6 +55,9 @@ class CudaComputeStream(Stream):
     def wait(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
         self._driver.wait(self._driver.current_stream(), event.handle)
+
+    def launch(self, work: Callable[[], object]) -> None:
+        self._driver.launch(work)
 
 
 class CudaCopyStream(CopyStream):

@@ -114,11 +114,14 @@ class CudaTransport(Transport):
     def is_capturing(self) -> bool:
         return self.driver.is_capturing(self.driver.current_stream())
 
+    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+        return self.driver.captured(work)
+
     def synchronize(self) -> None:
         self.driver.synchronize()
 
     def skipped_turns(self) -> int:
-        """Fetches that went on without a turn; waits for the device."""
+        """Waits for the device."""
         return sum(int(reader[2]) for _, reader in self._locks.values())
 
     def close(self) -> None:

@@ -14,10 +14,10 @@ import torch
 from sidp_sgl.weightpool.alignment import ALIGNMENT
 from sidp_sgl.weightpool.transport.interface import (
     WAIT_SECONDS,
+    ComputeStream,
     CopyStream,
     Event,
     PeerStripe,
-    Stream,
     Transport,
     TransportError,
 )
@@ -53,7 +53,7 @@ class ShmEvent(Event):
                 self._changed.wait(timeout=1.0)
 
 
-class ShmComputeStream(Stream):
+class ShmComputeStream(ComputeStream):
     """The thread that runs the forward pass: what it is asked for is done when the call returns."""
 
     def __init__(self, copy_failure: Callable[[], BaseException | None]) -> None:
@@ -184,6 +184,9 @@ class ShmTransport(Transport):
 
     def event(self) -> ShmEvent:
         return ShmEvent()
+
+    def skipped_turns(self) -> int:
+        return sum(link.skipped_turns for link in self._links.values())
 
     def close(self) -> None:
         self.copy_stream.close()

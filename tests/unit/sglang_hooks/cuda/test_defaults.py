@@ -11,7 +11,6 @@ from sglang.srt.plugins import load_plugins
 
 from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.cuda.defaults import defaults
-from sidp_sgl.sglang_hooks.cuda.refusals import UNVERIFIED
 from tests.support.checkpoints import write_checkpoint
 
 H200_MIB = 140 * 1024
@@ -64,7 +63,6 @@ def test_a_prefill_backend_of_the_user_stays() -> None:
 def test_sglang_resolves_them(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a large GPU, which SGLang's own defaults would capture prefill graphs for."""
     load_plugins()
-    monkeypatch.setenv(UNVERIFIED, "1")
     monkeypatch.setenv("SIDP_CPU_DEVICE_MEMORY", f"{H200_MIB}MiB")
     monkeypatch.setattr(cuda_graph_config, "default_prefill_backend", lambda: "breakable")
     model = write_checkpoint(tmp_path, "qwen3", num_layers=4)

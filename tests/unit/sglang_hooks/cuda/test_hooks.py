@@ -1,7 +1,9 @@
-"""--sidp on GPUs, as far as it can be tested without one: refused until verified, captured steps in
-SGLang's graphs, ranks that share a GPU."""
+"""--sidp on GPUs, as far as it can be tested without one: what is refused, what a process is set
+to, captured steps in SGLang's graphs, ranks that share a GPU."""
 
+import os
 import pkgutil
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +12,9 @@ import torch
 
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.errors import SidpUsageError
-from sidp_sgl.sglang_hooks.cuda import colocation
+from sidp_sgl.sglang_hooks.cuda import colocation, process
 from sidp_sgl.sglang_hooks.cuda.graphs import GraphHooks
-from sidp_sgl.sglang_hooks.cuda.refusals import ONE_DEVICE, UNVERIFIED, check_device
+from sidp_sgl.sglang_hooks.cuda.refusals import ONE_DEVICE, check_device
 from sidp_sgl.weightpool.execution import UnitExecution
 from sidp_sgl.weightpool.transport.devices import make_transport
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
@@ -25,17 +27,13 @@ def flags(device: str, prefill: str = "disabled", decode: str = "full") -> Any:
     return SimpleNamespace(device=device, cuda_graph_config=graphs)
 
 
-def test_gpus_are_refused_until_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_devices_and_graphs_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     config = SidpConfig(sidp=True)
-    monkeypatch.delenv(UNVERIFIED, raising=False)
-    with pytest.raises(SidpUsageError, match=f"not been verified.*--device cpu.*{UNVERIFIED}=1"):
-        check_device(flags("cuda"), config)
-    monkeypatch.setenv(UNVERIFIED, "1")
     check_device(flags("cuda"), config)
     check_device(flags("cuda", decode="disabled"), config)
     check_device(flags("cpu", prefill="breakable", decode="breakable"), config)
     for wrong, remedy in (
-        (flags("xpu"), "--device cpu"),
+        (flags("xpu"), "use cuda or cpu"),
         (flags("cuda", prefill="breakable"), "--cuda-graph-backend-prefill=disabled"),
         (flags("cuda", decode="breakable"), "--cuda-graph-backend-decode=full"),
     ):
@@ -45,6 +43,17 @@ def test_gpus_are_refused_until_verified(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SidpUsageError, match=f"{ONE_DEVICE}.*unset it"):
         check_device(flags("cuda"), config)
     check_device(flags("cpu"), config)
+
+
+def test_a_rank_s_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")  # as SGLang has it
+    interval = sys.getswitchinterval()
+    try:
+        process.set_up()
+        assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+        assert sys.getswitchinterval() < interval
+    finally:
+        sys.setswitchinterval(interval)
 
 
 class Pool:

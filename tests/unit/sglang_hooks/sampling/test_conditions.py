@@ -13,7 +13,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sidp_sgl.errors import SidpUsageError
 from sidp_sgl.sglang_hooks import arguments
-from sidp_sgl.sglang_hooks.cuda.refusals import UNVERIFIED
+from sidp_sgl.sglang_hooks.sampling import conditions
 from sidp_sgl.sglang_hooks.sampling.conditions import EDITING_MODELS, RULES, obstacle
 from tests.support.checkpoints import write_checkpoint
 
@@ -34,7 +34,6 @@ BAD = [
     ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
     ({"sampling_backend": "ascend"}, "--sampling-backend ascend"),
     ({"device": "npu"}, "--device npu"),
-    ({"device": "cuda"}, f"{UNVERIFIED}=1"),
 ]
 
 
@@ -45,10 +44,9 @@ def test_an_obstacle_is_named_with_its_remedy(changes: dict[str, Any], text: str
     assert any(word in reason for word in ("drop", "needs"))
 
 
-def test_none_is_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_none_is_in_the_way() -> None:
     assert obstacle(SimpleNamespace(**DEFAULTS)) is None
     assert obstacle(SimpleNamespace(**{**DEFAULTS, "sampling_backend": "pytorch"})) is None
-    monkeypatch.setenv(UNVERIFIED, "1")
     assert obstacle(SimpleNamespace(**{**DEFAULTS, "device": "cuda"})) is None
 
 
@@ -108,6 +106,14 @@ def test_auto_shares_the_sampling_where_it_can(start: Any) -> None:
     assert start(tp_size=2, dp_size=2, sidp_sampling="auto") == "sequence-parallel"
     assert start(tp_size=1, sidp_sampling="auto") is None
     assert start(tp_size=2, pp_size=2, sidp_sampling="auto") is None
+
+
+def test_auto_does_not_share_on_gpus_yet(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditions, "VERIFIED", ())
+    assert start(tp_size=2, sidp_sampling="auto") is None
+    assert start(tp_size=2, sidp_sampling="sequence-parallel") == "sequence-parallel"
+    monkeypatch.undo()
+    assert "cuda" not in conditions.VERIFIED
 
 
 def test_nothing_changes_unless_it_is_asked_for(start: Any) -> None:

@@ -183,6 +183,23 @@ def test_a_unit_that_fails_at_its_owner_falls_back() -> None:
         assert groups[1].counters()["failed"] == 1
 
 
+def test_a_service_that_cannot_even_answer_says_so_once_and_ends() -> None:
+    """As where work on its GPU has failed: silence would have requesters wait again and again."""
+    failures: list[Exception] = []
+
+    def answer(call: Call, outcome: Outcome) -> None:
+        raise RuntimeError(f"the device has failed, {outcome.name} too")
+
+    with endpoints(2, UNITS[:2], [0, 1]) as groups:
+        service = groups[1].service
+        service._on_failure = failures.append
+        groups[1].mailbox.answer = answer  # type: ignore[method-assign]
+        groups[0].mailbox.send(1, 1, 0, 1)
+        service._thread.join(10.0)
+        assert not service._thread.is_alive()
+    assert [str(error) for error in failures] == ["the device has failed, FAILED too"]
+
+
 def test_on_a_gpu_a_call_launches_a_graph_and_more_rows_than_fit_are_computed_without(
     kind: str,
 ) -> None:
