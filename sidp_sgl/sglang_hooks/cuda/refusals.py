@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.errors import SidpUsageError
 
@@ -39,3 +41,11 @@ def check_device(cfg: Any, config: SidpConfig) -> None:
             f"--sidp does not work with {graphs.decode.backend} decode CUDA graphs: add "
             "--cuda-graph-backend-decode=full"
         )
+    if not has_gpu():
+        raise SidpUsageError(
+            "--device cuda: PyTorch finds no GPU: use --device cpu, or see what nvidia-smi says"
+        )
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()

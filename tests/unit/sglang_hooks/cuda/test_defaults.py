@@ -10,6 +10,7 @@ from sglang.srt.model_executor import cuda_graph_config
 from sglang.srt.plugins import load_plugins
 
 from sidp_sgl.sglang_hooks import arguments
+from sidp_sgl.sglang_hooks.cuda import refusals
 from sidp_sgl.sglang_hooks.cuda.defaults import defaults
 from tests.support.checkpoints import write_checkpoint
 
@@ -63,6 +64,7 @@ def test_a_prefill_backend_of_the_user_stays() -> None:
 def test_sglang_resolves_them(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a large GPU, which SGLang's own defaults would capture prefill graphs for."""
     load_plugins()
+    monkeypatch.setattr(refusals, "has_gpu", lambda: True)
     monkeypatch.setenv("SIDP_CPU_DEVICE_MEMORY", f"{H200_MIB}MiB")
     monkeypatch.setattr(cuda_graph_config, "default_prefill_backend", lambda: "breakable")
     model = write_checkpoint(tmp_path, "qwen3", num_layers=4)

@@ -12,7 +12,7 @@ import torch
 
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.errors import SidpUsageError
-from sidp_sgl.sglang_hooks.cuda import colocation, process
+from sidp_sgl.sglang_hooks.cuda import colocation, process, refusals
 from sidp_sgl.sglang_hooks.cuda.graphs import GraphHooks
 from sidp_sgl.sglang_hooks.cuda.refusals import ONE_DEVICE, check_device
 from sidp_sgl.weightpool.execution import UnitExecution
@@ -29,6 +29,9 @@ def flags(device: str, prefill: str = "disabled", decode: str = "full") -> Any:
 
 def test_which_devices_and_graphs_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     config = SidpConfig(sidp=True)
+    with pytest.raises(SidpUsageError, match="finds no GPU: use --device cpu"):
+        check_device(flags("cuda"), config)
+    monkeypatch.setattr(refusals, "has_gpu", lambda: True)
     check_device(flags("cuda"), config)
     check_device(flags("cuda", decode="disabled"), config)
     check_device(flags("cpu", prefill="breakable", decode="breakable"), config)
