@@ -1,6 +1,7 @@
 # One way to run everything; each target installs first what it needs, into .venv.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+MODEL := dense
 E2E := not ray and not thorough
 # Processes that run tests; in tests/e2e each starts its engines.
 WORKERS := 2
@@ -18,8 +19,9 @@ $(INSTALLED): pyproject.toml
 	PATH="$$PATH:$(VENV)/bin" uv pip install --quiet --compile-bytecode --python $(PYTHON) --editable '.[dev]'
 	@touch $@
 
+# A mixture of experts: make demo MODEL=moe
 demo: install
-	@PYTHONWARNINGS=ignore $(PYTHON) -m examples.demo
+	@PYTHONWARNINGS=ignore $(PYTHON) -m examples.demo --model $(MODEL)
 
 check: lint unit
 

@@ -1,4 +1,5 @@
-"""What SiDP does, in three minutes on any machine: `make demo`.
+"""What SiDP does, in three minutes on any machine: `make demo`, or `make demo MODEL=moe` for a
+mixture of experts.
 
 The same few-shot job on sgl.Engine with four data-parallel ranks, first plain, then with
 `sidp=True`, on pretended devices that are small for the weights: more KV cache, larger batches,
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import psutil
 from tqdm import tqdm
@@ -22,12 +23,18 @@ from tqdm import tqdm
 from bench.offline import JobResult, apart, run_job, shut_down, start_engine
 from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
 
-CHECKPOINT = Path(__file__).parent / "demo_model" / "checkpoint"
 DP_SIZE = 4
-NUM_PROBLEMS = 256
 HEADER_TOKENS = 160
 MAX_NEW_TOKENS = 96
-DEVICE_MEMORY = "7.9MB"
+
+
+class Model(NamedTuple):
+    folder: str  # of its checkpoint, below demo_model
+    device_memory: str  # of each pretended device: little more than the weights take
+    num_problems: int
+
+
+MODELS = {"dense": Model("checkpoint", "7.9MB", 256), "moe": Model("moe", "10.3MB", 48)}
 
 
 @contextlib.contextmanager
@@ -87,7 +94,7 @@ def run(prompts: list[str], dp_size: int, **keywords: Any) -> tuple[JobResult, l
         tqdm(total=dp_size, desc=f"{label:>8}: starting", unit="rank", file=terminal) as bar,
     ):
         with ranks_on(bar):
-            engine = start_engine(model_path=str(CHECKPOINT), dp_size=dp_size, **keywords)
+            engine = start_engine(dp_size=dp_size, **keywords)
         try:
             # Warm-up: one request per rank, so that both sides start with the same caches.
             for rank in range(dp_size):
@@ -117,25 +124,28 @@ def weight_bytes(sidp: dict[str, Any]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--problems", type=int, default=NUM_PROBLEMS)
+    parser.add_argument("--model", choices=MODELS, default="dense")
+    parser.add_argument("--problems", type=int)
     parser.add_argument("--dp-size", type=int, default=DP_SIZE)
-    parser.add_argument("--device-memory", default=DEVICE_MEMORY, help="of each pretended device")
+    parser.add_argument("--device-memory", help="of each pretended device")
     args = parser.parse_args()
-    os.environ["SIDP_CPU_DEVICE_MEMORY"] = args.device_memory
+    model_path = str(Path(__file__).parent / "demo_model" / MODELS[args.model].folder)
+    device_memory = args.device_memory or MODELS[args.model].device_memory
+    os.environ["SIDP_CPU_DEVICE_MEMORY"] = device_memory
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of SGLang's imports, once per process
 
     header = few_shot_header(num_tokens_min=HEADER_TOKENS)
-    problems = held_out_problems(args.problems)
+    problems = held_out_problems(args.problems or MODELS[args.model].num_problems)
     prompts = [header + prompt for prompt, _ in problems]
     print(
         f"{len(prompts)} held-out sums behind one few-shot header of {len(header)} tokens, "
-        f"{args.dp_size} ranks, {args.device_memory} of device memory each.\n"
+        f"{args.dp_size} ranks, {device_memory} of device memory each.\n"
         "Each engine takes up to a minute to start.",
         flush=True,
     )
     started = time.perf_counter()
-    plain, plain_states = run(prompts, args.dp_size)
-    pooled, pooled_states = run(prompts, args.dp_size, sidp=True)
+    plain, plain_states = run(prompts, args.dp_size, model_path=model_path)
+    pooled, pooled_states = run(prompts, args.dp_size, model_path=model_path, sidp=True)
     plain_kv, pooled_kv = (
         states[0]["memory_usage"]["token_capacity"] for states in (plain_states, pooled_states)
     )

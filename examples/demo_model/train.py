@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the demo model, a small Qwen3 that adds numbers step by step, and writes its checkpoint.
+"""Trains a demo model, a small Qwen3 that adds numbers step by step, and writes its checkpoint.
 
-``train.py`` trains, stores and evaluates; ``train.py --eval-only`` evaluates what is stored.
+``train.py`` trains the dense model; ``train.py --model moe --steps 300 --long-steps 100
+--learning-rate 1e-3`` makes a mixture of experts out of what is stored of it. Either is stored and
+evaluated; with ``--eval-only`` only evaluated.
 """
 
 import argparse
-import copy
-import json
 import math
 import random
 import time
@@ -15,77 +15,21 @@ from pathlib import Path
 
 import torch
 from arithmetic import few_shot_header, final_answer, held_out_problems, prompts, solve
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from models import EOS, TOKEN_ID, build_dense, build_mixture, save_checkpoint
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
-PAD, UNK, EOS = "<pad>", "<unk>", "\n"
-VOCABULARY = [PAD, UNK, EOS, *" 0123456789+-*=;,.:?abcdefghijklmnopqrstuvwxyz"]
-TOKEN_ID = {token: i for i, token in enumerate(VOCABULARY)}
-# A chat is answered as if its last user message were the plain prompt.
-CHAT_TEMPLATE = (
-    "{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}"
-    "{{- users[-1]['content'] -}}"
-)
-MAX_POSITIONS = 2048
+FOLDERS = {
+    model: Path(__file__).parent / name for model, name in (("dense", "checkpoint"), ("moe", "moe"))
+}
 MAX_OUTPUT_TOKENS = 64
 NO_LOSS = -100  # the target that cross_entropy ignores
 SHORT_WINDOW, LONG_WINDOW = 128, 448  # tokens; most is learnt from the short, cheap ones
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; the newline ends a generation."""
-    tokenizer = Tokenizer(models.WordLevel(TOKEN_ID, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=UNK,
-        eos_token=EOS,
-        pad_token=PAD,
-        model_max_length=MAX_POSITIONS,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def build_model() -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        eos_token_id=TOKEN_ID[EOS],
-        pad_token_id=TOKEN_ID[PAD],
-        attn_implementation="eager",  # the quickest one to train on a CPU at these lengths
-    )
-    return Qwen3ForCausalLM(config)
-
-
-def save_checkpoint(model: Qwen3ForCausalLM, folder: Path) -> None:
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder, save_jinja_files=False)
-    # Readers of the older configuration format look for these names.
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text())
-    config |= {"torch_dtype": "bfloat16", "rope_theta": config["rope_parameters"]["rope_theta"]}
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tokenizer_file = folder / "tokenizer_config.json"
-    tokenizer_config = json.loads(tokenizer_file.read_text())
-    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    tokenizer_file.write_text(json.dumps(tokenizer_config, indent=2, sort_keys=True) + "\n")
 
 
 def window_of(source: Iterator[str], length: int) -> tuple[list[int], list[int]]:
@@ -113,7 +57,7 @@ def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
 
 
 @torch.inference_mode()
-def solved_fraction(model: Qwen3ForCausalLM, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+def solved_fraction(model: PreTrainedModel, inputs: torch.Tensor, targets: torch.Tensor) -> float:
     """The fraction of windows in which the model's first choices solve every problem."""
     choices = model(input_ids=inputs, use_cache=False).logits.argmax(-1)
     return ((choices == targets) | (targets == NO_LOSS)).all(-1).float().mean().item()
@@ -121,8 +65,11 @@ def solved_fraction(model: Qwen3ForCausalLM, inputs: torch.Tensor, targets: torc
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    model = build_model()
-    forward = torch.compile(model) if args.compile else model
+    if args.model == "dense":
+        model = build_dense()
+    else:
+        dense = AutoModelForCausalLM.from_pretrained(FOLDERS["dense"], dtype=torch.float32)
+        model = build_mixture(dense)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -138,27 +85,26 @@ def train(args: argparse.Namespace) -> None:
         rate = learning_rate(step / (args.steps + args.long_steps), args.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = forward(input_ids=inputs, use_cache=False).logits
-        loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        logits = model(input_ids=inputs, use_cache=False).logits
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % args.save_every == 0:
-            save_checkpoint(model, args.checkpoint)
+            save_checkpoint(model, FOLDERS[args.model])
             print(
                 f"step {step + 1} after {time.monotonic() - started:.0f} s: "
                 f"loss {loss.item():.5f}, "
                 f"held-out windows solved {solved_fraction(model, *held_out):.1%}",
                 flush=True,
             )
-    save_checkpoint(model, args.checkpoint)
+    save_checkpoint(model, FOLDERS[args.model])
 
 
 @torch.inference_mode()
 def generate(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]
 ) -> tuple[list[str], list[int], torch.Tensor]:
     """Greedy outputs, their lengths in tokens, and the top-1 to top-2 margin at each token."""
     encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
@@ -180,13 +126,13 @@ def generate(
 
 def evaluate(args: argparse.Namespace) -> None:
     """Prints how the stored checkpoint does on held-out problems behind one shared header."""
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDERS[args.model])
     header = few_shot_header(args.seed, args.header_tokens)
     problems = held_out_problems(args.problems, args.seed)
     print(f"{len(problems)} held-out problems behind a header of {len(header)} tokens")
     all_outputs = []
     for dtype in (torch.bfloat16, torch.float32):
-        model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(FOLDERS[args.model], dtype=dtype)
         outputs, lengths, margins = [], [], []
         for start in range(0, len(problems), args.eval_batch_size):
             batch = problems[start : start + args.eval_batch_size]
@@ -213,7 +159,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--model", choices=FOLDERS, default="dense")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3000, help="steps on short windows")
@@ -221,7 +167,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     parser.add_argument("--eval-only", action="store_true")
     parser.add_argument("--problems", type=int, default=512, help="held-out problems to evaluate")
     parser.add_argument("--header-tokens", type=int, default=192, help="at least")

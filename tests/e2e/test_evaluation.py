@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +26,10 @@ class Evaluation(NamedTuple):
     log: str
 
 
-def evaluate(folder: Path, model_args: str) -> Evaluation:
+def evaluate(checkpoint: str, folder: Path, model_args: str) -> Evaluation:
     command = [
         *(sys.executable, "-m", "examples.evaluation.on_cpu", "--model", "sglang"),
-        *("--model_args", f"pretrained=examples/demo_model/checkpoint,{model_args}"),
+        *("--model_args", f"pretrained=examples/demo_model/{checkpoint},{model_args}"),
         *("--include_path", "examples/evaluation", "--tasks", "sums,sums_choice"),
         *("--batch_size", "auto", "--limit", str(NUM_PROBLEMS)),
         *("--output_path", str(folder), "--log_samples"),
@@ -62,13 +63,17 @@ def evaluate(folder: Path, model_args: str) -> Evaluation:
     return Evaluation(scores, answers, ended.stderr)
 
 
-def test_scores_and_answers_equal_plain_sglang(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "checkpoint", ["checkpoint", pytest.param("moe", marks=pytest.mark.thorough)]
+)
+def test_scores_and_answers_equal_plain_sglang(checkpoint: str, tmp_path: Path) -> None:
     settings = {
         "plain": "dp_size=1,log_level=info",
         "sidp": "dp_size=2,sidp=True,log_level=info,decode_log_interval=10",
     }
     with ThreadPoolExecutor() as threads:  # they start for half a minute
-        plain, pooled = threads.map(evaluate, map(tmp_path.joinpath, settings), settings.values())
+        folders = map(tmp_path.joinpath, settings)
+        plain, pooled = threads.map(partial(evaluate, checkpoint), folders, settings.values())
     assert plain.scores.keys() == {"sums", "sums_choice"}
     assert pooled.scores == plain.scores
     assert pooled.answers["sums"] == plain.answers["sums"]

@@ -1,0 +1,24 @@
+"""The mixture begins with the dense model's neurons: of each pair of experts a token takes one."""
+
+import torch
+
+from examples.demo_model.models import CHOSEN, build_dense, build_mixture
+
+
+def test_a_token_takes_one_expert_of_each_pair() -> None:
+    torch.manual_seed(0)
+    dense = build_dense()
+    mixture = build_mixture(dense)
+    tokens = torch.randint(dense.config.vocab_size, (2, 64))
+    chosen = []
+    for layer in mixture.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, __, output: chosen.append(output[-1]))
+    mixture(input_ids=tokens)
+    assert len(chosen) == dense.config.num_hidden_layers
+    pairs = torch.cat(chosen) % CHOSEN
+    assert (pairs.sort(-1).values == torch.arange(CHOSEN)).all()
+    assert torch.cat(chosen).bincount().min() > 0
+    attention, dense_attention = (
+        model.model.layers[5].self_attn.q_proj.weight for model in (mixture, dense)
+    )
+    assert torch.equal(attention, dense_attention)
