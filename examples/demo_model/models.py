@@ -98,7 +98,11 @@ def build_mixture(dense: Qwen3ForCausalLM) -> Qwen3MoeForCausalLM:
 
 
 def save_checkpoint(model: PreTrainedModel, folder: Path) -> None:
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    stored = copy.deepcopy(model).to(torch.bfloat16)
+    if isinstance(stored, Qwen3MoeForCausalLM):  # SGLang reads a head for it, tied or not
+        stored.lm_head.weight = torch.nn.Parameter(stored.lm_head.weight.clone())
+        stored.config.tie_word_embeddings = False
+    stored.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder, save_jinja_files=False)
     # Readers of the older configuration format look for these names.
     config_file = folder / "config.json"
