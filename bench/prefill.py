@@ -148,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "model"
-        write_checkpoint(checkpoint, "qwen3_moe", num_layers=8, tie_embeddings=True, **SIZES)
+        write_checkpoint(checkpoint, "qwen3_moe", num_layers=8, **SIZES)
         groups = [measure(checkpoint, dp_size, args) for dp_size in args.dp_sizes]
     results = {"arguments": vars(args), "device_memory": DEVICE_MEMORY, "groups": groups}
     name = "prefill" if args.dp_sizes == [2, 4] else "prefill_quick"

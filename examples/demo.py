@@ -26,6 +26,7 @@ from examples.demo_model.arithmetic import few_shot_header, final_answer, held_o
 DP_SIZE = 4
 HEADER_TOKENS = 160
 MAX_NEW_TOKENS = 96
+LEAST_EXACT = 0.9  # of the answers: a model that was not loaded right has none
 
 
 class Model(NamedTuple):
@@ -152,12 +153,12 @@ def main() -> int:
     sidp = [state["sidp"] for state in pooled_states]
     all_weights = sidp[0]["replicated_bytes"] + sidp[0]["pooled_bytes"]
 
-    def exact(result: JobResult) -> str:
+    def exact(result: JobResult) -> float:
         right = [
             final_answer(output) == answer
             for output, (_, answer) in zip(result.outputs, problems, strict=True)
         ]
-        return f"{sum(right) / len(right):.1%}"
+        return sum(right) / len(right)
 
     read = max(status["checkpoint_bytes_read"] for status in sidp)
     identical = plain.outputs == pooled.outputs
@@ -176,7 +177,7 @@ def main() -> int:
                     f"{plain.tokens_per_second:,.0f}",
                     f"{pooled.tokens_per_second:,.0f}",
                 ),
-                ("exact match", exact(plain), exact(pooled)),
+                ("exact match", f"{exact(plain):.1%}", f"{exact(pooled):.1%}"),
             ]
         )
     )
@@ -188,6 +189,9 @@ def main() -> int:
         f"({sum(status['was']['bytes'] for status in sidp) / 1e6:,.0f} MB), "
         f"{time.perf_counter() - started:.0f} s in all."
     )
+    if exact(plain) < LEAST_EXACT:
+        print("The model's answers are wrong with plain SGLang too: the comparison says nothing.")
+        return 1
     return 0 if identical else 1
 
 
