@@ -96,10 +96,9 @@ def measure(checkpoint: Path, dp_size: int, args: argparse.Namespace) -> dict[st
             found.append(last - first)
         return found
 
-    stalls, fetched = (
-        counted("streaming", "was", "stall_seconds"),
-        counted("streaming", "was", "bytes"),
-    )
+    stalls, fetched = (counted("streaming", "was", of) for of in ("stall_seconds", "bytes"))
+    for name in ("sending", "auto"):
+        assert sum(counted(name, "cas", "rows_sent")) == sum(counted(name, "cas", "rows_served"))
     return {
         "dp_size": dp_size,
         "kv_tokens": {n: s[0]["memory_usage"]["token_capacity"] for n, s in after.items()},
@@ -112,8 +111,6 @@ def measure(checkpoint: Path, dp_size: int, args: argparse.Namespace) -> dict[st
             / (sum(counted(name, "iterations", "cas")) + sum(counted(name, "iterations", "was")))
             for name in ("sending", "auto")
         },
-        "rows": {name: [sum(counted(name, "cas", what)) for what in ("rows_sent", "rows_served")]
-                 for name in ("sending", "auto")},
         "same_outputs": [
             all(result.outputs == repeat[0].outputs for result in repeat)
             for repeat in zip(*runs.values(), strict=True)

@@ -64,11 +64,7 @@ class StepModes:
 
     def begin_decode(self, batch_size: int, *, can_call: bool) -> str:
         """The mode of a decode step; rows for a CaS step are leased."""
-        if self.times is not None and self._given_threshold is None:
-            if self._decided % _RECALCULATE_STEPS == 0:
-                self._threshold = self.times.threshold(self.max_rows)
-            self._decided += 1
-        threshold = self._threshold
+        threshold = self._current_threshold()
         if threshold is not None and threshold > self.max_rows:
             threshold = 2 * self.max_rows  # out of reach: no hysteresis below it
         wants_cas = self.policy.decide(batch_size, threshold) == CAS
@@ -76,8 +72,16 @@ class StepModes:
 
     def begin_prefill(self, num_tokens: int, *, can_call: bool) -> str:
         """The mode of a prefill, which changes nothing for decode steps."""
-        wants_cas = self.policy.sends(num_tokens, self._threshold)
+        wants_cas = self.policy.sends(num_tokens, self._current_threshold())
         return self._leased(num_tokens) if wants_cas and can_call else WAS
+
+    def _current_threshold(self) -> int | None:
+        """For a step that begins."""
+        if self.times is not None and self._given_threshold is None:
+            if self._decided % _RECALCULATE_STEPS == 0:
+                self._threshold = self.times.threshold(self.max_rows)
+            self._decided += 1
+        return self._threshold
 
     def _leased(self, rows: int) -> str:
         """CaS where every owner leases as many rows."""

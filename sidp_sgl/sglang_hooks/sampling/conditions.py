@@ -13,7 +13,7 @@ from sidp_sgl.sglang_hooks import arguments
 from sidp_sgl.sglang_hooks.refusals import Rule, more_than_one
 
 logger = logging.getLogger(__name__)
-VERIFIED = ("cpu",)  # devices on which `auto` shares
+SHARES_BY_ITSELF = ("cpu",)  # devices on which `auto` shares
 
 RULES = [
     Rule("pp_size", more_than_one, "--pp-size", "pipeline parallelism is not supported yet"),
@@ -59,7 +59,7 @@ def _decide(server_args: Any, previous: Callable[[Any], None]) -> None:
     if asked is not None:
         cfg = resolving_view(server_args)
         reason = obstacle(cfg, lambda: model_config_of(server_args).hf_config.architectures or ())
-        if reason is None and asked == AUTO and cfg.device not in VERIFIED:
+        if reason is None and asked == AUTO and cfg.device not in SHARES_BY_ITSELF:
             reason = f"has not been verified on --device {cfg.device} yet; name it to try it"
         if reason is not None and asked == SEQUENCE_PARALLEL:
             error = SidpUsageError(f"--sidp-sampling {asked} {reason}")

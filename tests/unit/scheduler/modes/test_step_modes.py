@@ -84,6 +84,15 @@ def test_a_prefill_is_sent_below_the_threshold_whatever_decode_steps_do(ranks: l
     assert step_modes_of(ranks[1], "cas").begin_prefill(MAX_ROWS + 1, can_call=True) == WAS
 
 
+def test_prefills_alone_know_their_threshold(ranks: list[Rank]) -> None:
+    """A job that only scores prompts has no decode step."""
+    for fetch_seconds, mode in ((10.0, CAS), (1e-6, WAS)):
+        modes = step_modes_of(ranks[0], "auto")
+        modes.times = StepTimes(fetch_seconds, {1: 1e-3, MAX_ROWS: 2e-3})
+        assert modes.begin_prefill(MAX_ROWS, can_call=True) == mode
+        modes.end_prefill(mode)
+
+
 def test_after_a_decline_the_step_streams_weights_and_the_next_one_asks_again(
     ranks: list[Rank],
 ) -> None:

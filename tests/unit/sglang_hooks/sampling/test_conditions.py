@@ -113,7 +113,7 @@ def test_auto_does_not_share_on_gpus_yet(start: Any, monkeypatch: pytest.MonkeyP
     assert start(tp_size=2, sidp_sampling="auto") is None
     assert start(tp_size=2, sidp_sampling="sequence-parallel") == "sequence-parallel"
     monkeypatch.undo()
-    assert "cuda" not in conditions.VERIFIED
+    assert "cuda" not in conditions.SHARES_BY_ITSELF
 
 
 def test_nothing_changes_unless_it_is_asked_for(start: Any) -> None:
