@@ -54,7 +54,7 @@ class ModePolicy:
         """Whether a single step of so many rows is one for CaS, whatever came before it."""
         if self._is_constant:
             return self.mode == CAS
-        return _wanted(rows, threshold) == CAS
+        return threshold is not None and rows < threshold
 
     def _switch(self, wanted: str, threshold: int | None) -> None:
         self.mode = wanted

@@ -109,7 +109,7 @@ def test_auto_shares_the_sampling_where_it_can(start: Any) -> None:
 
 
 def test_auto_does_not_share_on_gpus_yet(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditions, "VERIFIED", ())
+    monkeypatch.setattr(conditions, "SHARES_BY_ITSELF", ())
     assert start(tp_size=2, sidp_sampling="auto") is None
     assert start(tp_size=2, sidp_sampling="sequence-parallel") == "sequence-parallel"
     monkeypatch.undo()
