@@ -9,6 +9,7 @@ FFN, LINEAR, ALL = POOLS = ("ffn", "linear", "all")
 MODES = ("auto", "was", "cas")
 PLACEMENTS = ("interleaved", "contiguous")
 FULL, START, OFF = SELF_CHECKS = ("full", "start", "off")
+RESIDENCIES = ("auto", "off")
 AUTO, REPLICATED, SEQUENCE_PARALLEL = SAMPLINGS = ("auto", "replicated", "sequence-parallel")
 OWN_DISPATCH = "sidp"  # value of --load-balance-method
 
@@ -90,6 +91,14 @@ class SidpConfig:
             choices=SELF_CHECKS,
         ),
     )
+    sidp_residency: str = field(
+        default="auto",
+        metadata=_flag(
+            "With --sidp-mode auto: KV memory that nobody needs keeps fetched blocks, so that "
+            "steps need no other rank (auto), or never (off).",
+            choices=RESIDENCIES,
+        ),
+    )
     sidp_sampling: str | None = field(
         default=None,
         metadata=_flag(
@@ -147,6 +156,11 @@ class SidpConfig:
                     f"{flag_name(changed[0])} has no effect without --sidp: add it"
                 )
         return replace(self, sidp_batch_threshold=threshold)
+
+    @property
+    def has_residency(self) -> bool:
+        """Whether fetched blocks may stay; --sidp-mode was and cas are what they say."""
+        return self.sidp_mode == self.sidp_residency == "auto"
 
     @property
     def sampling(self) -> str | None:

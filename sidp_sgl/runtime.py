@@ -25,6 +25,7 @@ from sidp_sgl.scheduler.modes.service_share import ServiceShare
 from sidp_sgl.scheduler.status import (
     CasStatus,
     DispatchStatus,
+    ResidencyStatus,
     SelfCheckStatus,
     Status,
     StepsStatus,
@@ -45,6 +46,7 @@ from sidp_sgl.sglang_hooks.model.checkpoint import CheckpointReader
 from sidp_sgl.sglang_hooks.model.offloader import PoolOffloader
 from sidp_sgl.sglang_hooks.model.slots import num_slots
 from sidp_sgl.sglang_hooks.required import Hook
+from sidp_sgl.sglang_hooks.residency.lender import KvLender, Lent
 from sidp_sgl.sglang_hooks.sampling import conditions as sampling_conditions
 from sidp_sgl.sglang_hooks.sampling.hooks import SequenceParallelSampling
 from sidp_sgl.sglang_hooks.scheduler import SchedulerHooks
@@ -173,6 +175,9 @@ class Rank:
         self.reader = CheckpointReader(self.offloader.is_placeholder, self.offloader.before_loading)
         controller = None if self.control is None else self.control.controller
         self.waiting = WaitingRequests(self.dp_rank, controller, config.engine)
+        self.lender: KvLender | None = None
+        if config.has_residency and self.pool.transport.page_bytes is not None:
+            self.lender = KvLender(self.pool, evicts=member.tp_size == 1)
         has_metrics = self.control is not None and get_observability().enable_metrics
         metrics = Metrics(self.status) if has_metrics else None
         self.hooks = SchedulerHooks(
@@ -183,6 +188,7 @@ class Rank:
             self.self_check,
             self._say,
             metrics,
+            self.lender,
         )
 
     def _steps(self) -> RankSteps | FollowerSteps:
@@ -201,6 +207,8 @@ class Rank:
 
     def start(self) -> None:
         required.apply([*self.offloader.hooks(), *self.reader.hooks(), *self.hooks.hooks()])
+        if self.lender is not None:
+            required.apply(self.lender.hooks())
         members = Members(self.figures)
         if self.control is None:
             required.apply([follower_hook(members.gather), *UpdateHooks(self.config).hooks()])
@@ -307,7 +315,7 @@ class Rank:
                 method=OWN_DISPATCH if config.own_dispatch else "sglang",
                 **structs.asdict(control.controller.update),
             ),
-            mode=modes.policy.mode,
+            mode=modes.mode,
             batch_threshold=modes.threshold,
             mode_switches=modes.policy.switches,
             mode_switch_reasons=dict(modes.policy.reasons),
@@ -315,6 +323,7 @@ class Rank:
                 level=config.sidp_self_check, **asdict(self.self_check.coverage)
             ),
             was=WasStatus(**asdict(pool.prefetcher.counters)),
+            residency=ResidencyStatus(**asdict(self.lender.lent if self.lender else Lent())),
             iterations=StepsStatus(**modes.steps),
             cas=CasStatus(**control.cas_figures(), **self.cas_counters()),
         )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 GAUGE, COUNTER = "gauge", "counter"
 PREFIX = "sglang:sidp_"
-MODE_CODES = {"was": 0, "cas": 1}
+MODE_CODES = {"was": 0, "cas": 1, "local": 2}
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,17 @@ class WasStatus:
 class StepsStatus:
     was: Annotated[int, counter("Steps by mode.", label="mode")]
     cas: Annotated[int, counter("Steps by mode.", label="mode", log=Log("{:.0f} CaS steps"))]
+    local: Annotated[int, counter("Steps by mode.", label="mode", log=Log("{:.0f} local steps"))]
+
+
+@dataclass(frozen=True)
+class ResidencyStatus:
+    """All 0 where blocks may not stay."""
+
+    blocks: Annotated[int, gauge("Blocks of other ranks that stay for now, in KV memory.")]
+    tokens: Annotated[int, gauge("Tokens that this memory would hold; they count as headroom.")]
+    kept: Annotated[int, counter("Blocks that came to stay.")]
+    dropped: Annotated[int, counter("Those that went, for their memory was needed.")]
 
 
 @dataclass(frozen=True)
@@ -151,12 +162,13 @@ class Status:
     running_batch_size: Annotated[int, gauge("Running requests.")]
     waiting_requests: Annotated[int, gauge("Requests that wait at this rank.")]
     dispatch: DispatchStatus
-    mode: Annotated[str, gauge("Mode of the latest decode step: 0 is WaS, 1 is CaS.")]
+    mode: Annotated[str, gauge("Mode of the latest decode step: 0 is WaS, 1 is CaS, 2 is local.")]
     batch_threshold: Annotated[int | None, gauge("Batch size from which WaS is used.")]
     mode_switches: Annotated[int, counter("Changes of mode between two decode steps.")]
     mode_switch_reasons: Annotated[dict[str, int], About("The same, by reason.")]
     self_check: SelfCheckStatus
     was: WasStatus
+    residency: ResidencyStatus
     iterations: StepsStatus
     cas: CasStatus
 

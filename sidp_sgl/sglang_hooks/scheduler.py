@@ -9,6 +9,7 @@ from sidp_sgl.errors import SidpError
 from sidp_sgl.sglang_hooks.dispatch.waiting import WaitingRequests
 from sidp_sgl.sglang_hooks.failures.reports import RankReports
 from sidp_sgl.sglang_hooks.required import Hook
+from sidp_sgl.sglang_hooks.residency.lender import KvLender
 from sidp_sgl.sglang_hooks.status.metrics import Metrics
 from sidp_sgl.sglang_hooks.step.rank_steps import FollowerSteps, RankSteps
 from sidp_sgl.weightpool.pool import WeightPool
@@ -19,7 +20,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 class SchedulerHooks:
     """`say`: what there is to say of the machine when the rank has started; `metrics`: None without
-    --enable-metrics."""
+    --enable-metrics; `lender`: None without residency."""
 
     def __init__(
         self,
@@ -30,6 +31,7 @@ class SchedulerHooks:
         self_check: SelfCheck,
         say: Callable[[], None],
         metrics: Metrics | None,
+        lender: KvLender | None,
     ) -> None:
         self.scheduler: Any = None  # SGLang's, once it is made
         self._reports = reports
@@ -39,6 +41,7 @@ class SchedulerHooks:
         self._self_check = self_check
         self._say = say
         self._metrics = metrics
+        self._lender = lender
 
     def hooks(self) -> list[Hook]:
         return [
@@ -66,14 +69,18 @@ class SchedulerHooks:
         with self._reports.errors():
             original(*args, **kwargs)
 
-    def _run_batch(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def _run_batch(self, original: Any, scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
         self._self_check.before_step()
-        return self._steps.run_batch(original, *args, **kwargs)
+        if self._lender is not None and batch.forward_mode.is_extend():
+            self._lender.saw_prefill(batch)
+        return self._steps.run_batch(original, scheduler, batch, *args, **kw)
 
     def _after_ingest(self, messages: list[Any], scheduler: Any, *_: Any, **__: Any) -> list[Any]:
         """Once per iteration, also where the rank is idle: an idle owner serves rows."""
         self._waiting.count(messages, scheduler)
         self._steps.publish(scheduler)
+        if self._lender is not None:
+            self._lender.tick(scheduler)
         if self._metrics is not None:
             self._metrics.publish_each_second(scheduler.metrics_collector.labels)
         return messages

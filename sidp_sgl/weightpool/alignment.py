@@ -3,6 +3,6 @@
 ALIGNMENT = 256  # bytes; what cudaMalloc guarantees and vectorised kernels expect
 
 
-def align(num_bytes: int) -> int:
-    """`num_bytes` rounded up to a multiple of ALIGNMENT."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+def align(number: int, step: int = ALIGNMENT) -> int:
+    """`number` rounded up to a multiple of `step`."""
+    return -(-number // step) * step

@@ -1,6 +1,6 @@
 """One rank's share of the pooled weights: its stripes of the blocks, slots for the others."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -16,6 +16,8 @@ from sidp_sgl.weightpool.transport.interface import PeerStripe, Transport
 from sidp_sgl.weightpool.was.captured import CapturedStep
 from sidp_sgl.weightpool.was.prefetch import Prefetcher
 
+OnMove = Callable[[int, dict[str, torch.Tensor]], object]
+
 
 @dataclass
 class WeightPool:
@@ -23,7 +25,7 @@ class WeightPool:
     with the peers, `connect` each, `start`. From then on blocks are entered and left in order.
 
     `takes_turns`: whether an owner serves one reader at a time. `has_checksums`: whether offers
-    have those of their stripes.
+    have those of their stripes. `on_move`: told where a block's tensors lie from now on.
     """
 
     transport: Transport
@@ -32,6 +34,7 @@ class WeightPool:
     order: str = "sequential"
     takes_turns: bool = True
     has_checksums: bool = True
+    on_move: OnMove = lambda block, views: None
     layouts: dict[int, BlockLayout] = field(default_factory=dict)
     _stripes: dict[int, list[PeerStripe]] = field(default_factory=dict)  # of each block, in order
     _prefetcher: Prefetcher | None = None
@@ -150,6 +153,28 @@ class WeightPool:
         self._prefetcher.start()
         return views
 
+    def keep(self, block: int, memory: torch.Tensor) -> None:
+        """Between two steps: let a fetched block stay in `memory`, which is lent."""
+        self.prefetcher.keep(block, memory)
+        self.on_move(block, self.layouts[block].views(memory))
+
+    def drop(self, block: int) -> None:
+        """Between two steps: what is enqueued from here on may write to the memory of a block that
+        was kept."""
+        self.prefetcher.residents.drop(block)
+        self.on_move(block, self.layouts[block].views(self.prefetcher.slot_of(block).memory))
+
+    def passing(self) -> list[int]:
+        """Fetched blocks that don't stay, in the order of their fetches."""
+        prefetcher = self.prefetcher
+        return [block for block in prefetcher.order if block not in prefetcher.residents]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all weights are here for now, so that a step is one of plain data parallelism."""
+        residents = self.prefetcher.residents
+        return 0 < len(residents) == len(self.prefetcher.order) and not residents.num_fetching
+
     @property
     def is_started(self) -> bool:
         return self._prefetcher is not None
@@ -194,7 +219,7 @@ class WeightPool:
 
     def holds(self, block: int) -> bool:
         """Whether the weights of `block` are here, or on their way into its slot."""
-        return block in self._whole or self.prefetcher.slot_of(block).block == block
+        return block in self._whole or self.prefetcher.holds(block)
 
     def close(self) -> None:
         self.transport.close()

@@ -108,6 +108,10 @@ class FakeApi(FakeMemory):
         self.things.pop(event, None)
         return (OK,)
 
+    def cuEventQuery(self, event: int) -> tuple:
+        is_reached = self._event(event).is_reached()
+        return (OK if is_reached else cuda.CUresult.CUDA_ERROR_NOT_READY,)
+
     def cuEventRecord(self, event: int, stream: int) -> tuple:
         target, mark = self.stream(stream), self._event(event)
         mark.graph = target.graph

@@ -15,7 +15,7 @@ from sidp_sgl.weightpool.pool import WeightPool
 from sidp_sgl.weightpool.schedule import FetchSchedule, make_schedule, shifted_slots
 from sidp_sgl.weightpool.transport.interface import Transport
 from sidp_sgl.weightpool.transport.shm.transport import ShmTransport
-from sidp_sgl.weightpool.was.prefetch import FetchCounters
+from sidp_sgl.weightpool.was.counters import FetchCounters
 
 Tensors = dict[str, torch.Tensor]
 
@@ -83,8 +83,8 @@ class RankUnderTest:
     def enter(self, layer: int) -> None:
         """Wait for the layer and read it, as a unit's forward pass does."""
         self.pool.enter(layer)
-        step = self.step
-        self._launch(lambda: self._check(step, layer))
+        step, views = self.step, self.views[layer]
+        self._launch(lambda: self._check(step, layer, views))
 
     def leave(self, layer: int) -> None:
         self.pool.leave(layer)
@@ -99,9 +99,9 @@ class RankUnderTest:
     def _launch(self, kernel: Callable[[], None]) -> None:
         self.pool.transport.compute_stream.launch(kernel)
 
-    def _check(self, step: int, layer: int) -> None:
+    def _check(self, step: int, layer: int, views: Tensors) -> None:
         for name, tensor in self.expected[layer].items():
-            if not torch.equal(self.views[layer][name], tensor):
+            if not torch.equal(views[name], tensor):
                 self.wrong.append((step, layer))
                 return
 
@@ -134,6 +134,7 @@ def run_group(
             own: dict[int, torch.Tensor] = {}
             pool = _connected_pool(group, number, name, transport, expected, own)
             rank = RankUnderTest(pool, _start(pool, own), expected)
+            pool.on_move = rank.views.__setitem__
             assert set(rank.views) == set(expected)
             script(rank)
             synchronize = getattr(transport.compute_stream, "synchronize", None)

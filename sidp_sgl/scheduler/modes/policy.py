@@ -8,6 +8,7 @@ from collections import Counter
 
 WAS = "was"
 CAS = "cas"
+LOCAL = "local"  # all weights are here for now; nothing to decide
 AUTO = "auto"
 MARGIN = 0.1  # part of the threshold by which a batch must fall below it before CaS is wanted
 DWELL_STEPS = 4  # consecutive steps that must want the other mode before a switch

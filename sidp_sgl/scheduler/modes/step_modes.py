@@ -4,7 +4,7 @@ Between steps only; a step that has begun in CaS may still fall back by itself.
 """
 
 from sidp_sgl.scheduler.modes.lease_client import LeaseClient
-from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
+from sidp_sgl.scheduler.modes.policy import CAS, LOCAL, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.times import StepTimes
 
 _ROUND_ROWS = 8  # leases are asked for in multiples, so that a batch that grows a little fits
@@ -30,12 +30,18 @@ class StepModes:
         self.policy = policy
         self.leases = leases
         self.times: StepTimes | None = None
-        self.steps = {WAS: 0, CAS: 0}
+        self.steps = {WAS: 0, CAS: 0, LOCAL: 0}
         self.max_rows = max_rows
         self._given_threshold = threshold
         self._threshold: int | None = threshold
         self._decided = 0
         self._learns = True
+        self._is_local = False  # the latest decode step
+
+    @property
+    def mode(self) -> str:
+        """Of the latest decode step."""
+        return LOCAL if self._is_local else self.policy.mode
 
     @property
     def threshold(self) -> int | None:
@@ -62,16 +68,22 @@ class StepModes:
         step = max(self.times.fetch_seconds, self.times.step_seconds(WAS, batch_size))
         return min(max(_PATIENCE_SHARE * step, low), high)
 
-    def begin_decode(self, batch_size: int, *, can_call: bool) -> str:
-        """The mode of a decode step; rows for a CaS step are leased."""
+    def begin_decode(self, batch_size: int, *, can_call: bool, is_local: bool = False) -> str:
+        """The mode of a decode step; rows for a CaS step are leased. `is_local`: it needs no other
+        rank."""
+        self._is_local = is_local
+        if is_local:
+            return LOCAL
         threshold = self._current_threshold()
         if threshold is not None and threshold > self.max_rows:
             threshold = 2 * self.max_rows  # out of reach: no hysteresis below it
         wants_cas = self.policy.decide(batch_size, threshold) == CAS
         return self._leased(batch_size) if wants_cas and can_call else WAS
 
-    def begin_prefill(self, num_tokens: int, *, can_call: bool) -> str:
+    def begin_prefill(self, num_tokens: int, *, can_call: bool, is_local: bool = False) -> str:
         """The mode of a prefill, which changes nothing for decode steps."""
+        if is_local:
+            return LOCAL
         wants_cas = self.policy.sends(num_tokens, self._current_threshold())
         return self._leased(num_tokens) if wants_cas and can_call else WAS
 
@@ -92,7 +104,7 @@ class StepModes:
     def end_decode(self, batch_size: int, mode: str, *, can_call: bool = True) -> None:
         """Count the step, and ask for the next one's leases while the scheduler does its part."""
         self.steps[mode] += 1
-        if self.policy.mode == CAS and can_call and batch_size <= self.max_rows:
+        if mode != LOCAL and self.policy.mode == CAS and can_call and batch_size <= self.max_rows:
             rows = -(-batch_size // _ROUND_ROWS) * _ROUND_ROWS
             self.leases.ask(min(rows, self.max_rows))
         else:

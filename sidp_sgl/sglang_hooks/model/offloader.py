@@ -179,6 +179,7 @@ class PoolOffloader(BaseOffloader):
                 slots[index] = self._pool.owner_views(index)
         for index, views in slots.items():
             self._adopt(self._blocks[index], self._pool.layouts[index], views)
+        self._pool.on_move = self._move
         for (_, unit), pooled in zip(units, pooled_units, strict=True):
             unit.module.forward = partial(execution.run, pooled)
         self._gather_embedding()
@@ -226,6 +227,11 @@ class PoolOffloader(BaseOffloader):
                 raise SidpError(f"--sidp: {name} of another rank's layer was materialised")
             self.unmaterialised += 1
         self._view(block, layout, views)
+
+    def _move(self, index: int, views: dict[str, torch.Tensor]) -> None:
+        """Another rank's block lies elsewhere from now on."""
+        for name, tensor in self._blocks[index].tensors().items():
+            tensor.data = views[name]
 
     def _gather_embedding(self) -> None:
         """The first table is the embedding, or both."""

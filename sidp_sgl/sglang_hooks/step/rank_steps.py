@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from sidp_sgl.scheduler.control_plane import ControlPlane
 from sidp_sgl.scheduler.messages import RankState
-from sidp_sgl.scheduler.modes.policy import WAS
+from sidp_sgl.scheduler.modes.policy import CAS, WAS
 from sidp_sgl.sglang_hooks.step.calibration import calibrate
 from sidp_sgl.weightpool.cas.requester import Requester
 from sidp_sgl.weightpool.execution import UnitExecution
@@ -56,10 +56,13 @@ class RankSteps:
         remote = self._execution.requester
         can_call = remote is not None and remote.is_available()
         begin = self._modes.begin_decode if is_decode else self._modes.begin_prefill
-        mode = begin(rows, can_call=can_call) if rows else WAS
+        is_local = self._pool.is_local
+        mode = begin(rows, can_call=can_call, is_local=is_local) if rows else WAS
         if remote is not None and rows:
             self.share(mode)
-        self._last = _Begun(now, mode, rows, self._stall_seconds()) if is_decode else None
+        # Steps that find blocks here say nothing of those that don't.
+        teaches = is_decode and not self._pool.prefetcher.residents
+        self._last = _Begun(now, mode, rows, self._stall_seconds()) if teaches else None
         with _step(remote, mode, rows):
             result = original(scheduler, batch, *args, **kw)
         if is_decode:
@@ -135,7 +138,7 @@ def _rows(batch: Any) -> int:
 @contextmanager
 def _step(requester: Requester | None, mode: str, rows: int) -> Iterator[None]:
     """Around a forward pass."""
-    if requester is None or mode == WAS:
+    if requester is None or mode != CAS:
         yield
         return
     requester.begin_step(rows)

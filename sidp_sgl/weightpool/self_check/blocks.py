@@ -103,12 +103,13 @@ class BlockCheck:
     def look(self, number: int) -> list[Fault]:
         """One block that lies in its slot now, another one each time. Between two steps."""
         self._pool.transport.synchronize()  # whatever stream the latest step was on
-        held = sorted(s.block for s in self._pool.prefetcher.slots if s.block is not None)
+        prefetcher = self._pool.prefetcher
+        held = [block for block in prefetcher.order if prefetcher.holds(block)]
         if not held:
             return []
         block = held[number % len(held)]
         self._pool.enter(block)
-        self._compare_slot(block)
+        self._compare_block(block)
         return self._faults(RUNNING)
 
     def _step(self) -> None:
@@ -118,14 +119,14 @@ class BlockCheck:
     def _pass(self, visit: Callable[[int], None]) -> None:
         for block in self._fetched:
             self._pool.enter(block)
-            self._compare_slot(block)
+            self._compare_block(block)
             visit(block)
             if not self._pool.prefetcher.keeps_all:
                 self._poison(self._pool.prefetcher.slot_of(block).memory)
             self._pool.leave(block)
 
-    def _compare_slot(self, block: int) -> None:
-        memory = self._pool.prefetcher.slot_of(block).memory
+    def _compare_block(self, block: int) -> None:
+        memory = self._pool.prefetcher.memory_of(block)
         for each in self._of[block]:
             start = each.stripe.offset
             self._compare(each, memory[start : start + each.stripe.data.numel()])

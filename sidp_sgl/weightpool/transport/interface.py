@@ -18,8 +18,12 @@ class TransportError(RuntimeError):
     """A wait ran out or a peer's memory could not be used."""
 
 
-class Event:
+class Event(ABC):
     """A point in a stream's work. Each transport has its own."""
+
+    @abstractmethod
+    def is_reached(self) -> bool:
+        """Whether the stream has come to the latest mark; true before the first."""
 
 
 class Stream(ABC):
@@ -100,6 +104,19 @@ class Transport(ABC):
     @abstractmethod
     def empty(self, num_bytes: int) -> torch.Tensor:
         """Private memory of this rank's device, [num_bytes] uint8, for slots."""
+
+    @property
+    def page_bytes(self) -> int | None:
+        """Of what `aliased` cuts; None where it can't."""
+        return None
+
+    def aliased(
+        self, num_bytes: int, ranges: Sequence[Sequence[tuple[int, int]]]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Private memory [num_bytes] uint8, zeroed, and for each of `ranges` a second address of
+        parts of it: (offset, num_bytes) each, side by side, in whole pages. It is never given
+        back."""
+        raise NotImplementedError
 
     @abstractmethod
     def export(self) -> list[int]:

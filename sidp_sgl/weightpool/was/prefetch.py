@@ -14,6 +14,8 @@ import torch
 from sidp_sgl.weightpool.schedule import FetchSchedule
 from sidp_sgl.weightpool.transport.interface import Event, PeerStripe, Transport
 from sidp_sgl.weightpool.was.captured import CapturedStep, StepPlan, plan_step
+from sidp_sgl.weightpool.was.counters import FetchCounters
+from sidp_sgl.weightpool.was.residents import Residents
 
 
 @dataclass
@@ -25,17 +27,6 @@ class Slot:
     released: Event
     block: int | None = None  # what it holds or is being filled with
     free: bool = True  # the host may enqueue the next fetch
-
-
-@dataclass
-class FetchCounters:
-    """What was fetched and what it cost."""
-
-    fetches: int = 0
-    bytes: int = 0
-    stall_seconds: float = 0.0  # time that the compute waited for a fetch
-    resyncs: int = 0  # blocks asked for out of order, e.g. after a step that was cut short
-    replays: int = 0  # steps that were CUDA graphs
 
 
 class Prefetcher:
@@ -60,6 +51,9 @@ class Prefetcher:
             for block, parts in stripes.items()
         }
         self._takes_turns = takes_turns
+        self.residents = Residents(
+            transport, stripes, self.counters, self._missing_bytes, takes_turns=takes_turns
+        )
         self._next = 0  # position in schedule.order of the next fetch
         self._is_replayed = False  # whether the latest step was a graph
         self.slots = [
@@ -76,8 +70,25 @@ class Prefetcher:
         """Whether every block stays in its slot once it is fetched."""
         return self._schedule.keeps_all
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Fetched blocks in the order of their fetches."""
+        return self._schedule.order
+
+    def holds(self, block: int) -> bool:
+        """Whether `block` stays here, or is in its slot or on the way there."""
+        if block in self.residents:
+            return self.residents.is_here(block)
+        return self.slot_of(block).block == block
+
     def slot_of(self, block: int) -> Slot:
         return self.slots[self._schedule.slot_of[block]]
+
+    def memory_of(self, block: int) -> torch.Tensor:
+        """Where `block` lies while it is here, [num_bytes] uint8 or more."""
+        if block in self.residents:
+            return self.residents.memory(block)
+        return self.slot_of(block).memory
 
     def start(self) -> None:
         """Begin to fill the slots."""
@@ -136,6 +147,9 @@ class Prefetcher:
         """The compute stream may read the slot of `block` once this returns (or, on a GPU, once
         its stream gets here)."""
         self._end_replays()
+        if block in self.residents:
+            self.residents.acquire(block)
+            return
         slot = self.slot_of(block)
         if slot.block != block:
             self._restart_at(block)
@@ -145,17 +159,31 @@ class Prefetcher:
 
     def release(self, block: int) -> None:
         """The compute stream is through with `block`: its slot takes the next fetch."""
-        if self._schedule.keeps_all:
+        if self._schedule.keeps_all or block in self.residents:
             return
-        slot = self.slot_of(block)
+        self._free(self.slot_of(block))
+
+    def _free(self, slot: Slot) -> None:
         self._transport.compute_stream.record(slot.released)
         slot.free = True
         self._fill()
 
+    def keep(self, block: int, memory: torch.Tensor) -> None:
+        """From now on `block` lies in `memory`, which is lent, and takes no slot."""
+        self.residents.fetch(block, memory)
+        slot = self.slot_of(block)
+        if slot.block == block:
+            slot.block = None
+            self._free(slot)
+
     def _fill(self) -> None:
         order = self._schedule.order
-        while order and self.slot_of(order[self._next]).free:
-            self._fetch(order[self._next])
+        for _ in order:  # at most, for resident blocks are passed over
+            block = order[self._next]
+            if block not in self.residents:
+                if not self.slot_of(block).free:
+                    return
+                self._fetch(block)
             self._next = (self._next + 1) % len(order)
 
     def _fetch(self, block: int) -> None:

@@ -199,6 +199,13 @@ class CudaDriver:
             raise CudaError(f"work on GPU {self.device} has failed: {code.name} ({int(code)})")
         return code == cuda.CUresult.CUDA_SUCCESS
 
+    def is_reached(self, event: int) -> bool:
+        """Whether the event's latest mark is behind its stream."""
+        (code,) = self._api.cuEventQuery(event)
+        if code not in (cuda.CUresult.CUDA_SUCCESS, cuda.CUresult.CUDA_ERROR_NOT_READY):
+            raise CudaError(f"work on GPU {self.device} has failed: {code.name} ({int(code)})")
+        return code == cuda.CUresult.CUDA_SUCCESS
+
     def is_capturing(self, stream: int) -> bool:
         """Whether what is enqueued becomes part of a graph instead of being executed."""
         none = cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE

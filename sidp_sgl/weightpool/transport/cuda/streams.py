@@ -39,7 +39,11 @@ class CudaEvent(Event):
 
     def __init__(self, driver: CudaDriver) -> None:
         self.handle = driver.create_event()
+        self._driver = driver
         weakref.finalize(self, driver.destroy_event, self.handle).atexit = False
+
+    def is_reached(self) -> bool:
+        return self._driver.is_reached(self.handle)
 
 
 class CudaComputeStream(ComputeStream):

@@ -3,6 +3,7 @@
 The reference for the CUDA transport: same interface, same event semantics, real hazards.
 """
 
+import mmap
 import os
 import threading
 import time
@@ -32,6 +33,9 @@ class ShmEvent(Event):
         self.recorded = 0
         self.done = 0
         self._changed = threading.Condition()
+
+    def is_reached(self) -> bool:
+        return self.done >= self.recorded
 
     def mark_done(self, mark: int) -> None:
         with self._changed:
@@ -170,6 +174,15 @@ class ShmTransport(Transport):
         # torch aligns to 64 bytes; views must start where a block's tensors do.
         raw = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
         return raw[-raw.data_ptr() % ALIGNMENT :][:num_bytes]
+
+    @property
+    def page_bytes(self) -> int:
+        return mmap.PAGESIZE
+
+    def aliased(
+        self, num_bytes: int, ranges: Sequence[Sequence[tuple[int, int]]]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return shm_memory.map_aliased(num_bytes, ranges)
 
     def export(self) -> list[int]:
         return [self._memory_fd, self._link_fd]

@@ -1,0 +1,210 @@
+"""Elastic residency: KV memory that nobody needs holds blocks of other ranks, so that they stay.
+
+Held and lent pages count as available, for they are back before SGLang's allocator would miss them:
+no request waits, and no cached prefix goes, for a block's sake. Only prefixes that were not used
+for a while give way to one.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.plugins.hook_registry import HookType
+
+from sidp_sgl.sglang_hooks.required import Hook
+from sidp_sgl.sglang_hooks.residency.kv_memory import KvMemory
+from sidp_sgl.sglang_hooks.residency.recent import RecentTokens
+from sidp_sgl.weightpool.pool import WeightPool
+
+COLD_SECONDS = 5.0  # a cached prefix that was not used for so long gives way to a block
+_TICK_SECONDS = 0.01
+_GROWTH_TOKENS = 64  # of every running request, before it would need what is lent
+_FETCHED_AT_ONCE = 8  # one in so many blocks: other fetches wait behind them
+_ALLOCATORS = "sglang.srt.mem_cache.allocator"
+
+
+@dataclass
+class Lent:
+    """`blocks` stay now, in KV memory of `tokens`; `kept` and `dropped` count since the start."""
+
+    blocks: int = 0
+    tokens: int = 0
+    kept: int = 0
+    dropped: int = 0
+
+
+class KvLender:
+    """Of one rank. `evicts`: whether cold prefixes may go; TP ranks' caches must stay alike."""
+
+    def __init__(self, pool: WeightPool, *, evicts: bool) -> None:
+        self.is_on = True
+        self._pool = pool
+        self._evicts = evicts
+        self._kv = KvMemory(pool)
+        self._blocks: dict[int, int] = {}  # segment → block
+        self._kept = self._dropped = 0
+        self._recent = RecentTokens(COLD_SECONDS)
+        self._running: dict[str, int] = {}  # request → tokens
+        self._next_tick = 0.0
+
+    def hooks(self) -> list[Hook]:
+        token = f"{_ALLOCATORS}.token.TokenToKVPoolAllocator"
+        paged = f"{_ALLOCATORS}.paged.PagedTokenToKVPoolAllocator"
+        base = f"{_ALLOCATORS}.base.BaseTokenToKVPoolAllocator"
+        return [
+            *self._kv.hooks(),
+            *(
+                Hook(f"{kind}.{name}", hook, HookType.AROUND)
+                for kind in (token, paged)
+                for name, hook in (
+                    ("alloc", self._alloc),
+                    ("available_size", self._available_size),
+                    ("clear", self._clear),
+                )
+            ),
+            Hook(f"{paged}.alloc_extend", self._alloc_extend, HookType.AROUND),
+            Hook(f"{paged}.alloc_decode", self._alloc_decode, HookType.AROUND),
+            Hook(f"{paged}.get_all_free_pages", self._free_pages, HookType.AFTER),
+            Hook(f"{base}.get_all_free_pages", self._free_pages, HookType.AFTER),
+        ]
+
+    @property
+    def lent(self) -> Lent:
+        segments, kv_pool = self._kv.segments, self._kv.kv_pool
+        blocks = len(self._blocks)
+        tokens = blocks * segments.pages_each * kv_pool.page_size if segments else 0
+        return Lent(blocks, tokens, self._kept, self._dropped)
+
+    # In SGLang's allocator.
+
+    def _alloc(self, original: Any, allocator: Any, need_size: int) -> Any:
+        self._make_room(allocator, need_size // allocator.page_size)
+        return original(allocator, need_size)
+
+    def _alloc_extend(
+        self,
+        original: Any,
+        allocator: Any,
+        prefix_lens: torch.Tensor,
+        prefix_lens_cpu: torch.Tensor,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        last_loc: torch.Tensor,
+        extend_num_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        most = extend_num_tokens // allocator.page_size + len(prefix_lens) + 1
+        self._make_room(allocator, most)
+        lengths = prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu
+        return original(allocator, *lengths, last_loc, extend_num_tokens, *args, **kwargs)
+
+    def _alloc_decode(
+        self, original: Any, allocator: Any, seq_lens: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._make_room(allocator, len(seq_lens))
+        return original(allocator, seq_lens, *args, **kwargs)
+
+    def _available_size(self, original: Any, allocator: Any) -> int:
+        held = self._kv.segments.num_held if self._lends(allocator) else 0
+        return original(allocator) + held * allocator.page_size
+
+    def _free_pages(self, pages: torch.Tensor | None, allocator: Any) -> torch.Tensor | None:
+        if pages is None or not self._lends(allocator):
+            return pages
+        return torch.cat((pages, torch.from_numpy(self._kv.segments.pages()).to(pages)))
+
+    def _clear(self, original: Any, allocator: Any) -> None:
+        if self._lends(allocator):
+            self._give_back(self._kv.segments.num_held)
+        original(allocator)
+
+    def _lends(self, allocator: Any) -> bool:
+        """Whether it allocates what is lent here."""
+        return self._kv.segments is not None and allocator.get_kvcache() is self._kv.kv_pool
+
+    def _make_room(self, allocator: Any, num_pages: int) -> None:
+        """Let so many pages be in the allocator's list, if there are any."""
+        missing = num_pages - len(allocator.free_pages)
+        if missing > 0 and self._lends(allocator):
+            pages = self._give_back(missing).to(allocator.free_pages)
+            allocator.free_pages = torch.cat((allocator.free_pages, pages))
+
+    def _give_back(self, num_pages: int) -> torch.Tensor:
+        given = self._kv.segments.give_back(num_pages)
+        for segment in given.segments:
+            self._pool.drop(self._blocks.pop(segment))
+        self._dropped += len(given.segments)
+        return torch.from_numpy(given.pages)
+
+    # Between two steps.
+
+    def turn(self, *, on: bool, scheduler: Any) -> None:
+        """From now on; off gives all of it back."""
+        self.is_on = on
+        if not on and self._kv.segments is not None:
+            allocator = scheduler.token_to_kv_pool_allocator
+            pages = self._give_back(self._kv.segments.num_held).to(allocator.free_pages)
+            allocator.free_pages = torch.cat((allocator.free_pages, pages))
+
+    def saw_prefill(self, batch: Any) -> None:
+        """A prefill uses the prefixes that it finds, and leaves its tokens in the cache."""
+        self._recent.use(time.monotonic(), int(batch.seq_lens_cpu.sum()))
+
+    def tick(self, scheduler: Any) -> None:
+        """Lend, where memory is spare: now and then, and not while a request waits."""
+        now = time.monotonic()
+        if now < self._next_tick or not self.is_on or self._kv.segments is None:
+            return
+        self._next_tick = now + _TICK_SECONDS
+        self._see_ends(scheduler, now)
+        missing = self._pool.passing()
+        is_pressed = scheduler.waiting_queue or scheduler.chunked_req is not None
+        if not missing or is_pressed or not self._may_fetch():
+            return
+        allocator = scheduler.token_to_kv_pool_allocator
+        segments, page_size = self._kv.segments, allocator.page_size
+        spare = (
+            allocator.available_size()
+            - segments.num_lent * segments.pages_each * page_size
+            - _GROWTH_TOKENS * len(scheduler.running_batch.reqs)
+        )
+        wanted = segments.pages_each * page_size
+        if spare >= wanted:
+            self._hold(allocator)
+            segment = segments.whole()
+            if segment is not None:
+                segments.lend(segment)
+                self._blocks[segment] = missing[0]
+                self._kept += 1
+                self._pool.keep(missing[0], self._kv.memory[segment])
+                return
+        self._evict_cold(scheduler.tree_cache, wanted, now)
+
+    def _see_ends(self, scheduler: Any, now: float) -> None:
+        """What a request has computed stays in the cache when it ends."""
+        running = {
+            req.rid: len(req.origin_input_ids) + len(req.output_ids)
+            for req in scheduler.running_batch.reqs
+        }
+        self._recent.use(now, sum(n for rid, n in self._running.items() if rid not in running))
+        self._running = running
+
+    def _may_fetch(self) -> bool:
+        prefetcher = self._pool.prefetcher
+        most = max(1, len(prefetcher.order) // _FETCHED_AT_ONCE)
+        return prefetcher.residents.num_fetching < most
+
+    def _hold(self, allocator: Any) -> None:
+        """Take pages that may be lent out of the allocator's list."""
+        free = allocator.free_pages
+        is_ours = torch.from_numpy(self._kv.segments.hold(free.cpu().numpy()))
+        if is_ours.any():
+            allocator.free_pages = free[~is_ours.to(free.device)]
+
+    def _evict_cold(self, tree_cache: Any, num_tokens: int, now: float) -> None:
+        cold = tree_cache.evictable_size() - self._recent.total(now)
+        if self._evicts and cold > 0:
+            tree_cache.evict(EvictParams(num_tokens=min(cold, num_tokens)))
