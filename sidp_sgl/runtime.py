@@ -207,20 +207,27 @@ class Rank:
 
     def start(self) -> None:
         required.apply([*self.offloader.hooks(), *self.reader.hooks(), *self.hooks.hooks()])
+        turn_residency = None
         if self.lender is not None:
             required.apply(self.lender.hooks())
+            turn_residency = self._turn_residency
         members = Members(self.figures)
         if self.control is None:
-            required.apply([follower_hook(members.gather), *UpdateHooks(self.config).hooks()])
+            required.apply([follower_hook(members.gather)])
         else:
             self.control.start()
             required.apply(ServerInfo(self.status, members.gather).hooks())
-            required.apply(UpdateHooks(self.config, self.control.modes.set_threshold).hooks())
+        set_threshold = self.control.modes.set_threshold if self.control else lambda _: None
+        required.apply(UpdateHooks(self.config, set_threshold, turn_residency).hooks())
         if self.config.sidp_colocate:
             colocation.divide_memory(self.dp_size, lambda: self.pool.transport.shared_bytes)
         if self.device == "cuda":
             cuda_process.set_up()
             required.apply(GraphHooks(self.pool, self.execution).hooks())
+
+    def _turn_residency(self, on: bool) -> None:
+        assert self.lender is not None
+        self.lender.turn(on=on, scheduler=self.hooks.scheduler)
 
     def _meet_peers(self, units: list[PooledUnit]) -> UnitExecution:
         """While loading: connect what this rank has with what the others have."""

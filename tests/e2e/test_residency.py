@@ -78,7 +78,9 @@ def test_local_steps_are_plain_sglangs(pooled: sglang.Engine, expected: list[Ans
         for prompt, right in zip(SHORT, expected, strict=False):
             assert answer(pooled, prompt, NEW_TOKENS, rank) == right
     for was, now in zip(before, statuses(pooled), strict=True):
-        steps = {mode: now["iterations"][mode] - was["iterations"][mode] for mode in was["iterations"]}
+        steps = {
+            mode: now["iterations"][mode] - was["iterations"][mode] for mode in was["iterations"]
+        }
         assert steps["local"] >= 2 * NEW_TOKENS and steps["was"] == steps["cas"] == 0
         assert now["was"]["fetches"] == was["was"]["fetches"], "nothing comes from other ranks"
         assert now["cas"]["calls"] == was["cas"]["calls"]

@@ -1,4 +1,4 @@
-"""What SGLang's `set_internal_state` may change of a running rank: the batch threshold."""
+"""What SGLang's `set_internal_state` may change of a running rank: batch threshold, residency."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,34 +9,43 @@ from sglang.srt.plugins.hook_registry import HookType
 from sidp_sgl.config import SidpConfig
 from sidp_sgl.sglang_hooks.required import Hook
 
-FIELD = "sidp_batch_threshold"
+THRESHOLD, RESIDENCY = "sidp_batch_threshold", "sidp_residency"
 MEASURED = 0  # SGLang takes numbers only: stands for "auto"
 
 
 class UpdateHooks:
     """As SGLang does it, a value that can't be is logged, and answered with `updated: false`.
-    All TP ranks are told; `set_threshold` is that of TP rank 0."""
+    All TP ranks are told; `set_threshold` is that of TP rank 0. `turn_residency`: None where
+    blocks can't stay."""
 
     def __init__(
-        self, config: SidpConfig, set_threshold: Callable[[int | None], None] = lambda _: None
+        self,
+        config: SidpConfig,
+        set_threshold: Callable[[int | None], None],
+        turn_residency: Callable[[bool], None] | None,
     ) -> None:
         self._mode = config.sidp_mode
         self._set_threshold = set_threshold
+        self._turn_residency = turn_residency
 
     def hooks(self) -> list[Hook]:
         return [
             Hook(
                 "sglang.srt.managers.scheduler_components.internal_state."
                 "SchedulerInternalStateController._update_handlers",
-                self._add_handler,
+                self._add_handlers,
                 HookType.AFTER,
             )
         ]
 
-    def _add_handler(self, handlers: dict[str, Any], _: Any) -> dict[str, Any]:
-        return {**handlers, FIELD: _UpdateHandler(self._validate, self._apply)}
+    def _add_handlers(self, handlers: dict[str, Any], _: Any) -> dict[str, Any]:
+        return {
+            **handlers,
+            THRESHOLD: _UpdateHandler(self._check_threshold, self._apply_threshold),
+            RESIDENCY: _UpdateHandler(self._check_residency, self._apply_residency),
+        }
 
-    def _validate(self, field: str, value: Any) -> None:
+    def _check_threshold(self, field: str, value: Any) -> None:
         if self._mode != "auto":
             raise UpdateRejected(
                 f"{field} has no effect with --sidp-mode {self._mode}: restart with auto"
@@ -46,5 +55,17 @@ class UpdateHooks:
                 f"{field} {value} is not a batch size: use 1 or more, or 0 to measure it"
             )
 
-    def _apply(self, _: str, value: Any) -> None:
+    def _apply_threshold(self, _: str, value: Any) -> None:
         self._set_threshold(None if value == MEASURED else int(value))
+
+    def _check_residency(self, field: str, value: Any) -> None:
+        if self._turn_residency is None:
+            raise UpdateRejected(
+                f"{field} has no effect here: restart with --sidp-mode auto, --sidp-residency auto"
+            )
+        if value not in (0, 1):
+            raise UpdateRejected(f"{field} {value} is not a switch: use 1 or 0")
+
+    def _apply_residency(self, _: str, value: Any) -> None:
+        assert self._turn_residency is not None
+        self._turn_residency(bool(value))

@@ -17,7 +17,7 @@ SCHEDULER = SimpleNamespace(metrics_collector=SimpleNamespace(labels="labels"))
 class Rank:
     """Notes what the hooks ask of its parts."""
 
-    def __init__(self, *, has_metrics: bool = True) -> None:
+    def __init__(self, *, has_metrics: bool = True, has_lender: bool = True) -> None:
         self.log: list[Any] = []
         self.pool: Any = SimpleNamespace(is_started=True)
         reports: Any = SimpleNamespace(errors=self.errors, pooled=self.note("pooled"))
@@ -35,6 +35,7 @@ class Rank:
             before_step=self.note("before step"),
         )
         metrics: Any = SimpleNamespace(publish_each_second=self.note("metrics"))
+        lender: Any = SimpleNamespace(tick=self.note("tick"), saw_prefill=self.note("saw"))
         self.hooks = SchedulerHooks(
             reports,
             self.pool,
@@ -43,6 +44,7 @@ class Rank:
             self_check,
             self.note("say"),
             metrics if has_metrics else None,
+            lender if has_lender else None,
         )
 
     def note(self, name: str) -> Any:
@@ -85,19 +87,29 @@ def test_a_rank_without_a_pool_has_not_started() -> None:
     assert isinstance(error, SidpError) and "past the weight pool" in str(error)
 
 
-def test_the_self_check_goes_on_between_steps() -> None:
-    rank = Rank()
-    rank.hooks._run_batch("original", SCHEDULER, "batch", pp_proxy_tensors=None)
-    assert rank.log == [("before step",), ("step", "original", SCHEDULER, "batch", None)]
+@pytest.mark.parametrize(("is_extend", "has_lender"), [(False, True), (True, True), (True, False)])
+def test_the_self_check_goes_on_between_steps(is_extend: bool, has_lender: bool) -> None:
+    rank = Rank(has_lender=has_lender)
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: is_extend))
+    rank.hooks._run_batch("original", SCHEDULER, batch, pp_proxy_tensors=None)
+    assert rank.log == [
+        ("before step",),
+        *([("saw", batch)] if is_extend and has_lender else []),
+        ("step", "original", SCHEDULER, batch, None),
+    ]
 
 
+@pytest.mark.parametrize("has_lender", [True, False])
 @pytest.mark.parametrize("has_metrics", [True, False])
-def test_requests_are_counted_before_the_state_is_published(has_metrics: bool) -> None:
-    rank = Rank(has_metrics=has_metrics)
+def test_requests_are_counted_before_the_state_is_published(
+    has_metrics: bool, has_lender: bool
+) -> None:
+    rank = Rank(has_metrics=has_metrics, has_lender=has_lender)
     assert rank.hooks._after_ingest(["request"], SCHEDULER, stop_at_pause=False) == ["request"]
     assert rank.log == [
         ("count", ["request"], SCHEDULER),
         ("publish", SCHEDULER),
+        *([("tick", SCHEDULER)] if has_lender else []),
         *([("metrics", "labels")] if has_metrics else []),
     ]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from sidp_sgl.scheduler.modes import lease_server, step_modes
-from sidp_sgl.scheduler.modes.policy import CAS, DWELL_STEPS, WAS, ModePolicy
+from sidp_sgl.scheduler.modes.policy import CAS, DWELL_STEPS, LOCAL, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.step_modes import StepModes
 from sidp_sgl.scheduler.modes.times import StepTimes
 from tests.support.control import AMPLE_SECONDS, Rank, ranks_in, wait_until
@@ -43,14 +43,14 @@ def test_was_never_sends_a_message(ranks: list[Rank]) -> None:
         assert decode(modes, batch_size) == WAS
         modes.end_prefill("was")
     assert ranks[0].sent == []
-    assert modes.steps == {WAS: 8, CAS: 0}
+    assert modes.steps == {WAS: 8, CAS: 0, LOCAL: 0}
 
 
 def test_cas_is_used_as_long_as_owners_grant(ranks: list[Rank]) -> None:
     modes = step_modes_of(ranks[0], "cas")
     for batch_size in (1, 7, 30, MAX_ROWS, 2):
         assert decode(modes, batch_size) == CAS
-    assert modes.steps == {WAS: 0, CAS: 5}
+    assert modes.steps == {WAS: 0, CAS: 5, LOCAL: 0}
     assert ranks[0].client.negotiation.declined == 0
 
 
@@ -79,7 +79,7 @@ def test_a_prefill_is_sent_below_the_threshold_whatever_decode_steps_do(ranks: l
         modes.end_prefill(mode)
         assert modes.policy.mode == WAS and modes.leases.negotiation.rows == 0
     assert modes.begin_prefill(3, can_call=False) == WAS
-    assert modes.steps == {WAS: 3, CAS: 2} and modes.policy.switches == 0
+    assert modes.steps == {WAS: 3, CAS: 2, LOCAL: 0} and modes.policy.switches == 0
     assert step_modes_of(ranks[1], "cas").begin_prefill(MAX_ROWS, can_call=True) == CAS
     assert step_modes_of(ranks[1], "cas").begin_prefill(MAX_ROWS + 1, can_call=True) == WAS
 
@@ -91,6 +91,21 @@ def test_prefills_alone_know_their_threshold(ranks: list[Rank]) -> None:
         modes.times = StepTimes(fetch_seconds, {1: 1e-3, MAX_ROWS: 2e-3})
         assert modes.begin_prefill(MAX_ROWS, can_call=True) == mode
         modes.end_prefill(mode)
+
+
+def test_a_local_step_asks_nobody(ranks: list[Rank]) -> None:
+    modes = step_modes_of(ranks[0], "auto", threshold=20)
+    assert decode(modes, 4) == CAS
+    sent = len(ranks[0].sent)
+    for _ in range(3):
+        assert modes.begin_decode(4, can_call=True, is_local=True) == LOCAL == modes.mode
+        modes.end_decode(4, LOCAL)
+        assert modes.begin_prefill(4, can_call=True, is_local=True) == LOCAL
+        modes.end_prefill(LOCAL)
+        assert modes.leases.negotiation.rows == 0
+    assert len(ranks[0].sent) <= sent + 1, "what was asked ahead is given back"
+    assert modes.steps == {WAS: 0, CAS: 1, LOCAL: 6}
+    assert decode(modes, 4) == CAS == modes.mode
 
 
 def test_after_a_decline_the_step_streams_weights_and_the_next_one_asks_again(

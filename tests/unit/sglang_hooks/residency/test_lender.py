@@ -110,9 +110,7 @@ class Machine:
         common: dict[str, Any] = {"layer_num": 3, "device": "cpu", "enable_memory_saver": False}
         size, page, kind = SIZE // self.page_size * self.page_size, self.page_size, torch.bfloat16
         if self.is_mla:
-            kv = MLATokenToKVPool(
-                size, page, kind, kv_lora_rank=64, qk_rope_head_dim=32, **common
-            )
+            kv = MLATokenToKVPool(size, page, kind, kv_lora_rank=64, qk_rope_head_dim=32, **common)
             self.buffers = kv.kv_buffer
         else:
             kv = MHATokenToKVPool(size, page, kind, head_num=2, head_dim=16, **common)

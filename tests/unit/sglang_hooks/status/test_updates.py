@@ -26,13 +26,18 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 class Rank:
     def __init__(self, mode: str = "auto") -> None:
         self.modes = StepModes(ModePolicy(mode), SimpleNamespace(), max_rows=64)  # type: ignore[arg-type]
-        self._hooks = UpdateHooks(SidpConfig(sidp=True, sidp_mode=mode), self.modes.set_threshold)
+        self.turned: list[bool] = []
+        self._hooks = UpdateHooks(
+            SidpConfig(sidp=True, sidp_mode=mode),
+            self.modes.set_threshold,
+            self.turned.append if mode == "auto" else None,
+        )
 
     def update(self, **values: Any) -> bool:
         """As a scheduler takes it in."""
         controller = internal_state.SchedulerInternalStateController(SimpleNamespace(), False)
         own = controller._update_handlers()
-        controller._update_handlers = lambda: self._hooks._add_handler(own, controller)
+        controller._update_handlers = lambda: self._hooks._add_handlers(own, controller)
         assert set(own) < set(controller._update_handlers()), "SGLang's own stay"
         return controller.set_internal_state(SetInternalStateReq(server_args=values)).updated
 
@@ -65,4 +70,16 @@ def test_it_has_no_effect_in_a_mode_that_was_given(mode: str, warnings: list[str
     assert rank.modes.threshold is None
     assert warnings == [
         f"sidp_batch_threshold has no effect with --sidp-mode {mode}: restart with auto"
+    ]
+
+
+def test_residency_is_turned_off_and_on(warnings: list[str]) -> None:
+    rank = Rank()
+    assert rank.update(sidp_residency=0) and rank.update(sidp_residency=1)
+    assert rank.turned == [False, True]
+    assert not rank.update(sidp_residency=2)
+    assert not Rank("was").update(sidp_residency=1)
+    assert warnings[-2:] == [
+        "sidp_residency 2 is not a switch: use 1 or 0",
+        "sidp_residency has no effect here: restart with --sidp-mode auto, --sidp-residency auto",
     ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sidp_sgl.scheduler.messages import RankState
-from sidp_sgl.scheduler.modes.policy import CAS, WAS, ModePolicy
+from sidp_sgl.scheduler.modes.policy import CAS, LOCAL, WAS, ModePolicy
 from sidp_sgl.scheduler.modes.step_modes import StepModes
 from sidp_sgl.scheduler.modes.times import StepTimes
 from sidp_sgl.sglang_hooks.step import rank_steps, shared_mode
@@ -37,7 +37,8 @@ class Rank:
         self.grants = True
         self.is_available = True
         self.counters = SimpleNamespace(stall_seconds=0.0)
-        pool = SimpleNamespace(rank=1, prefetcher=SimpleNamespace(counters=self.counters))
+        self.prefetcher = SimpleNamespace(counters=self.counters, residents=())
+        self.pool = pool = SimpleNamespace(rank=1, prefetcher=self.prefetcher, is_local=False)
         self.modes = StepModes(ModePolicy("cas"), self, max_rows=64)  # type: ignore[arg-type]
         self.times = self.modes.times = Times()
         self.control = SimpleNamespace(
@@ -118,13 +119,26 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
 def test_a_prefill_that_is_too_long_streams_weights_and_asks_nobody(rank: Rank) -> None:
     rank.step(65, is_decode=False)
     assert rank.events == ["forward"]
-    assert rank.modes.steps == {WAS: 1, CAS: 0}
+    assert rank.modes.steps == {WAS: 1, CAS: 0, LOCAL: 0}
+
+
+def test_a_local_step_asks_nobody_and_teaches_nothing(rank: Rank) -> None:
+    rank.pool.is_local, rank.prefetcher.residents = True, (3, 5)
+    rank.step(8)
+    rank.step(8)
+    assert rank.events == ["forward", "release"] * 2
+    assert rank.modes.steps == {WAS: 0, CAS: 0, LOCAL: 2}
+    rank.pool.is_local = False
+    rank.step(8)
+    rank.step(8)
+    assert rank.modes.steps == {WAS: 0, CAS: 2, LOCAL: 2}
+    assert rank.times.observed == [], "some blocks are here still"
 
 
 def test_a_short_prefill_sends_its_rows_and_its_leases_end_with_it(rank: Rank) -> None:
     rank.step(64, is_decode=False)
     assert rank.events == [("leases", 64), ("begin", 64), "forward", "end", "release"]
-    assert rank.modes.steps == {WAS: 0, CAS: 1}
+    assert rank.modes.steps == {WAS: 0, CAS: 1, LOCAL: 0}
     assert rank.times.observed == []
 
 
@@ -132,37 +146,37 @@ def test_a_prefill_without_leases_streams_weights(rank: Rank) -> None:
     rank.grants = False
     rank.step(4, is_decode=False)
     assert rank.events == [("leases", 4), "forward"]
-    assert rank.modes.steps == {WAS: 1, CAS: 0}
+    assert rank.modes.steps == {WAS: 1, CAS: 0, LOCAL: 0}
 
 
 def test_a_decode_step_with_leases_sends_its_rows(rank: Rank) -> None:
     assert rank.step(4) == (rank.batch, ("proxy",), {"last": 2})
     assert rank.events == [("leases", 4), ("begin", 4), "forward", "end", ("ask", 8)]
-    assert rank.modes.steps == {WAS: 0, CAS: 1}
+    assert rank.modes.steps == {WAS: 0, CAS: 1, LOCAL: 0}
 
 
 def test_a_decode_step_without_leases_streams_weights(rank: Rank) -> None:
     rank.grants = False
     assert rank.step(4) == (rank.batch, ("proxy",), {"last": 2})
     assert rank.events == [("leases", 4), "forward", ("ask", 8)]
-    assert rank.modes.steps == {WAS: 1, CAS: 0}
+    assert rank.modes.steps == {WAS: 1, CAS: 0, LOCAL: 0}
 
 
 def test_nobody_is_asked_while_an_answer_is_missing(rank: Rank) -> None:
     rank.is_available = False
     rank.step(4)
     assert ("leases", 4) not in rank.events
-    assert rank.modes.steps == {WAS: 1, CAS: 0}
+    assert rank.modes.steps == {WAS: 1, CAS: 0, LOCAL: 0}
     rank.is_available = True
     rank.step(4)
-    assert rank.modes.steps == {WAS: 1, CAS: 1}
+    assert rank.modes.steps == {WAS: 1, CAS: 1, LOCAL: 0}
 
 
 def test_without_calls_every_step_streams_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank(monkeypatch, has_requester=False)
     rank.step(4)
     assert ("leases", 4) not in rank.events
-    assert rank.modes.steps == {WAS: 1, CAS: 0}
+    assert rank.modes.steps == {WAS: 1, CAS: 0, LOCAL: 0}
 
 
 def test_a_step_that_raises_ends_its_calls(rank: Rank) -> None:
@@ -210,7 +224,7 @@ def test_steps_go_on_where_nothing_was_measured(rank: Rank) -> None:
     rank.modes.times = None
     rank.step(4)
     rank.step(4)
-    assert rank.modes.steps == {WAS: 0, CAS: 2}
+    assert rank.modes.steps == {WAS: 0, CAS: 2, LOCAL: 0}
 
 
 def test_the_state_is_published_with_the_schedulers_figures(rank: Rank) -> None:
@@ -278,7 +292,7 @@ def test_a_follower_does_what_was_decided(rank: Rank) -> None:
     assert rank.events == [("begin", 4), "forward", "end", "forward", "forward"]
     assert not rank.received
     rank.steps.publish(rank.scheduler)
-    assert rank.modes.steps == {WAS: 0, CAS: 0}, "it counts nothing"
+    assert rank.modes.steps == {WAS: 0, CAS: 0, LOCAL: 0}, "it counts nothing"
 
 
 @pytest.mark.parametrize("has_requester", [True, False])
