@@ -29,7 +29,9 @@ def main(arguments: Sequence[str]) -> int:
         from sidp_sgl.planner.plan.figure import draw
 
         draw(plan, args.plot)
-    print(json.dumps(as_json(plan), indent=1) if args.json else as_text(plan))
+    print(
+        json.dumps(as_json(plan, args.model), indent=1) if args.json else as_text(plan, args.model)
+    )
     return 0
 
 

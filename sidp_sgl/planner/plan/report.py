@@ -9,6 +9,7 @@ from typing import Any
 
 from sidp_sgl.planner.plan.comparison import Estimate, Plan
 from sidp_sgl.planner.plan.reason import notes, reason
+from sidp_sgl.planner.plan.start import start_command
 from sidp_sgl.planner.weights import kv_bytes, num_parameters, part_bytes
 
 _SETTINGS = ("setting", "weights", "KV", "KV tokens", "fit", "run", "step", "fetch", "thresh-")
@@ -17,7 +18,8 @@ _STEPS = ("batch", "all local", "fetches", "WaS", "CaS", "auto")
 _STEP_UNITS = ("per rank", "ms", "ms", "ms", "ms", "")
 
 
-def as_text(plan: Plan) -> str:
+def as_text(plan: Plan, model: str) -> str:
+    """`model`: as the planner was given it."""
     node, load = plan.node, plan.workload
     lines = [
         f"{node.shape.name} ({num_parameters(node.shape) / 1e9:.2f} B parameters, "
@@ -51,7 +53,16 @@ def as_text(plan: Plan) -> str:
         ]
     lines += ["", f"Best: {reason(plan)}"]
     lines += [f"Note: {note}." for note in notes(plan)]
+    names = {"sidp": "With SiDP", "baseline": "Without"}
+    lines += [f"{names[name]}: {command}" for name, command in _commands(plan, model).items()]
     return "\n".join(lines)
+
+
+def _commands(plan: Plan, model: str) -> dict[str, str]:
+    """How the best of both kinds are started."""
+    both = {"sidp": plan.sidp, "baseline": plan.baseline}
+    commands = {name: start_command(each, model) for name, each in both.items() if each}
+    return {name: command for name, command in commands.items() if command}
 
 
 def _row(estimate: Estimate) -> tuple[str, ...]:
@@ -97,7 +108,7 @@ def _table(head: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> list
     return [*map(line, head), rule, *map(line, rows)]
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan, model: str) -> dict[str, Any]:
     """Seconds, bytes and tokens per second; KV tokens and batches of one rank."""
     node = plan.node
     return {
@@ -115,6 +126,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "worth_it": plan.best.is_sidp,
         "reason": reason(plan),
         "notes": notes(plan),
+        "commands": _commands(plan, model),
     }
 
 

@@ -70,6 +70,31 @@ def test_both_sides_of_worth_it(capsys: pytest.CaptureFixture[str]) -> None:
         )
 
 
+def test_it_says_how_to_start(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    short = ["--gpu", "H100", "--input-len", "128", "--output-len", "128"]
+    text = run(capsys, "plan", "Llama-3.1-70B", *short, "--pool", "linear", "--slots", "4")
+    sidp, plain = text.splitlines()[-2:]
+    server = "python -m sglang.launch_server --model-path CHECKPOINT"
+    assert sidp.startswith(f"With SiDP: {server} --tp-size 2 --dp-size 4 --sidp")
+    for flag in ("--sidp-pool linear", "--sidp-cache-slots 4", "--mem-fraction-static 0.9"):
+        assert flag in sidp
+    assert plain.startswith(f"Without: {server} --tp-size 8 --dp-size 8 --enable-dp-attention")
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        **{"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32},
+        **{"num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144},
+        **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        **{"vocab_size": 151936, "max_position_embeddings": 40960, "torch_dtype": "bfloat16"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for model in (tmp_path, tmp_path / "config.json"):
+        plan = plan_json(capsys, "plan", str(model), "--gpu", "H200", "--kv-dtype", "fp8")
+        for command in plan["commands"].values():
+            assert f"--model-path {tmp_path} " in command
+            assert "--kv-cache-dtype fp8_e4m3" in command
+
+
 def test_a_model_that_fits_on_one_gpu_only_with_its_peers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
