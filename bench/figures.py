@@ -11,8 +11,14 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
-COLOURS = {"plain": "#444444", "was": "#1f77b4", "cas": "#d62728", "auto": "#2ca02c"}
-LABELS = {"plain": "plain DP", "was": "WaS", "cas": "CaS", "auto": "auto"}
+COLOURS = {
+    "plain": "#444444",
+    "was": "#1f77b4",
+    "cas": "#d62728",
+    "auto": "#2ca02c",
+    "local": "#ff7f0e",
+}
+LABELS = {"plain": "plain DP", "was": "WaS", "cas": "CaS", "auto": "auto", "local": "local"}
 
 
 @contextmanager

@@ -93,6 +93,7 @@ class ResidencyStatus:
     """All 0 where blocks may not stay."""
 
     blocks: Annotated[int, gauge("Blocks of other ranks that stay for now, in KV memory.")]
+    needed: Annotated[int, gauge("Blocks that would have to stay for steps to be local.")]
     tokens: Annotated[int, gauge("Tokens that this memory would hold; they count as headroom.")]
     kept: Annotated[int, counter("Blocks that came to stay.")]
     dropped: Annotated[int, counter("Those that went, for their memory was needed.")]

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.plugins.hook_registry import HookType
@@ -27,9 +28,11 @@ _ALLOCATORS = "sglang.srt.mem_cache.allocator"
 
 @dataclass
 class Lent:
-    """`blocks` stay now, in KV memory of `tokens`; `kept` and `dropped` count since the start."""
+    """`blocks` of the `needed` ones stay now, in KV memory of `tokens`; `kept` and `dropped` count
+    since the start."""
 
     blocks: int = 0
+    needed: int = 0
     tokens: int = 0
     kept: int = 0
     dropped: int = 0
@@ -75,7 +78,8 @@ class KvLender:
         segments, kv_pool = self._kv.segments, self._kv.kv_pool
         blocks = len(self._blocks)
         tokens = blocks * segments.pages_each * kv_pool.page_size if segments else 0
-        return Lent(blocks, tokens, self._kept, self._dropped)
+        needed = len(self._pool.prefetcher.order)
+        return Lent(blocks, needed, tokens, self._kept, self._dropped)
 
     # In SGLang's allocator.
 
@@ -117,9 +121,10 @@ class KvLender:
         return torch.cat((pages, torch.from_numpy(self._kv.segments.pages()).to(pages)))
 
     def _clear(self, original: Any, allocator: Any) -> None:
-        if self._lends(allocator):
-            self._give_back(self._kv.segments.num_held)
+        """No token is left; blocks stay."""
         original(allocator)
+        if self._lends(allocator):
+            self._take_out(allocator, self._kv.segments.has(allocator.free_pages.cpu().numpy()))
 
     def _lends(self, allocator: Any) -> bool:
         """Whether it allocates what is lent here."""
@@ -129,15 +134,15 @@ class KvLender:
         """Let so many pages be in the allocator's list, if there are any."""
         missing = num_pages - len(allocator.free_pages)
         if missing > 0 and self._lends(allocator):
-            pages = self._give_back(missing).to(allocator.free_pages)
-            allocator.free_pages = torch.cat((allocator.free_pages, pages))
+            self._give_back(allocator, missing)
 
-    def _give_back(self, num_pages: int) -> torch.Tensor:
+    def _give_back(self, allocator: Any, num_pages: int) -> None:
         given = self._kv.segments.give_back(num_pages)
         for segment in given.segments:
             self._pool.drop(self._blocks.pop(segment))
         self._dropped += len(given.segments)
-        return torch.from_numpy(given.pages)
+        pages = torch.from_numpy(given.pages).to(allocator.free_pages)
+        allocator.free_pages = torch.cat((allocator.free_pages, pages))
 
     # Between two steps.
 
@@ -145,9 +150,7 @@ class KvLender:
         """From now on; off gives all of it back."""
         self.is_on = on
         if not on and self._kv.segments is not None:
-            allocator = scheduler.token_to_kv_pool_allocator
-            pages = self._give_back(self._kv.segments.num_held).to(allocator.free_pages)
-            allocator.free_pages = torch.cat((allocator.free_pages, pages))
+            self._give_back(scheduler.token_to_kv_pool_allocator, self._kv.segments.num_held)
 
     def saw_prefill(self, batch: Any) -> None:
         """A prefill uses the prefixes that it finds, and leaves its tokens in the cache."""
@@ -199,10 +202,12 @@ class KvLender:
 
     def _hold(self, allocator: Any) -> None:
         """Take pages that may be lent out of the allocator's list."""
-        free = allocator.free_pages
-        is_ours = torch.from_numpy(self._kv.segments.hold(free.cpu().numpy()))
+        self._take_out(allocator, self._kv.segments.hold(allocator.free_pages.cpu().numpy()))
+
+    def _take_out(self, allocator: Any, is_ours: np.ndarray) -> None:
         if is_ours.any():
-            allocator.free_pages = free[~is_ours.to(free.device)]
+            free = allocator.free_pages
+            allocator.free_pages = free[~torch.from_numpy(is_ours).to(free.device)]
 
     def _evict_cold(self, tree_cache: Any, num_tokens: int, now: float) -> None:
         cold = tree_cache.evictable_size() - self._recent.total(now)

@@ -48,6 +48,13 @@ class Segments:
         self.num_held += int(is_ours.sum())
         return is_ours
 
+    def has(self, pages: np.ndarray) -> np.ndarray:
+        """Which of `pages` [n] are held; mask [n]."""
+        places = pages - self._first_page
+        is_ours = (places >= 0) & (places < self._held.size)
+        is_ours[is_ours] = self._held.reshape(-1)[places[is_ours]]
+        return is_ours
+
     def whole(self) -> int | None:
         """A segment that may be lent."""
         whole = self._held.all(axis=1)

@@ -272,3 +272,12 @@ def test_an_allocator_of_another_cache_is_left_alone() -> None:
         rank.tick(9)
         assert rank.pool.kept == {} and rank.lender.lent.tokens == 0
         assert rank.admit(rank.size)
+
+
+def test_blocks_stay_when_the_cache_is_flushed() -> None:
+    with machine() as rank:
+        rank.tick(NUM_BLOCKS)
+        rank.allocator.clear()
+        rank.check()
+        assert len(rank.pool.kept) == NUM_BLOCKS
+        assert rank.admit(rank.size)
