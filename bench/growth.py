@@ -50,7 +50,7 @@ def measure(dp_size: int, args: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         plain_dp, plain_seconds = started(stack, "plain DP", dp_size)
         sidp, sidp_seconds = started(
-            stack, "SiDP", dp_size, sidp=True, sidp_batch_threshold=THRESHOLD
+            stack, "SiDP", dp_size, sidp=True, sidp_residency="off", sidp_batch_threshold=THRESHOLD
         )
         found: dict[str, Any] = {
             "dp_size": dp_size,

@@ -42,7 +42,7 @@ def keywords(gbps: float | None) -> dict[str, Any]:
         "dp_size": DP_SIZE,
         "skip_tokenizer_init": True,
         **KEYWORDS,
-        **({} if gbps is None else {"sidp": True, "sidp_link_gbps": gbps}),
+        **({} if gbps is None else {"sidp": True, "sidp_link_gbps": gbps, "sidp_residency": "off"}),
     }
 
 

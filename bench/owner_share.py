@@ -36,6 +36,7 @@ def main() -> None:
         "dp_size": 2,
         "skip_tokenizer_init": True,
         "sidp": True,
+        "sidp_residency": "off",
         **KEYWORDS,
     }
     environment = {**ENVIRONMENT, "SIDP_CPU_DEVICE_MEMORY": "256MB"}

@@ -21,6 +21,7 @@ from bench import (
     peers,
     prefetch_order,
     prefill,
+    residency,
     round_trip,
     sampling,
     scale,
@@ -62,7 +63,10 @@ def soaked(results: dict[str, Any]) -> Table:
         ("minutes", f"{results['arguments']['minutes']:g}"),
         ("requests answered, some of them aborted", f"{results['answered']:,}"),
         ("rows sent / served", f"{cas['rows_sent']:,} / {cas['rows_served']:,}"),
-        ("steps in WaS / CaS", " / ".join(f"{n:,}" for n in results["iterations"].values())),
+        (
+            f"steps: {' / '.join(results['iterations'])}",
+            " / ".join(f"{n:,}" for n in results["iterations"].values()),
+        ),
         ("mode switches", f"{results['mode_switches']:,}"),
         *((name, f"{cas[name]:,}") for name in ("declined", "silent", "fallbacks")),
         ("ranks stopped for a while", f"{results['stops']}"),
@@ -114,6 +118,14 @@ SECTIONS = (
         "Two ranks; the fetches of a step take five times a step at batch 1. The paper's Fig. 11.",
         (iteration_report.table,),
         iteration_report.summary,
+        figure=True,
+    ),
+    Section(
+        "residency",
+        "A day: load comes, rises, falls and tails off",
+        "The demo model on four ranks, SGLang's dispatcher on all sides; fetches of a step take "
+        "four steps at batch 1. *Nothing stays*: the same SiDP engine with residency turned off.",
+        (residency.table,),
         figure=True,
     ),
     Section(

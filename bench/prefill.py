@@ -32,7 +32,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "plain": {},
     "streaming": {"sidp": True, "sidp_mode": "was"},
     "sending": {"sidp": True, "sidp_mode": "cas"},
-    "auto": {"sidp": True},
+    "auto": {"sidp": True, "sidp_residency": "off"},
 }
 HEADS = [
     "ranks",

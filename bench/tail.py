@@ -1,11 +1,13 @@
-"""A job with long-tailed output lengths on plain DP, WaS only and auto, at the same device memory.
+"""A job with long-tailed output lengths on plain DP, WaS only, WaS and CaS, and auto, whose blocks
+stay where KV memory is spare, at the same device memory.
 
 Most requests are short, a few are long: the job ends with small batches on few ranks, where the
 fetches of a step take several times its compute. The link is paced so that they take four times
 the step of one plain rank alone at batch 1, for WaS and auto alike.
 
 Three engines are up at once: plain DP, SiDP with SGLang's dispatcher, which plain DP has, and SiDP
-with its own. WaS only and auto are the same engine, whose batch threshold is set before each job.
+with its own. All modes are the same engine, whose batch threshold and residency are set before each
+job.
 With `--tp` all have that TP size, and every TP rank's link carries its part of the bytes.
 About 20 GB of memory, ten minutes on two cores.
 """
@@ -31,14 +33,18 @@ from bench.tables import Table, plain, ranged
 
 @dataclass(frozen=True)
 class Run:
-    """A job on one of the engines; `mode` is None in plain DP."""
+    """A job on one of the engines; `mode` is None in plain DP. `stays`: whether blocks may."""
 
     engine: str
     mode: str | None = None
+    stays: bool = False
 
     @property
     def label(self) -> str:
-        return " ".join(filter(None, [LABELS[self.mode or "plain"], DISPATCHERS[self.engine]]))
+        mode = "WaS and CaS" if self.mode == "auto" and not self.stays else None
+        return " ".join(
+            filter(None, [mode or LABELS[self.mode or "plain"], DISPATCHERS[self.engine]])
+        )
 
 
 DISPATCHERS = {"plain": "", "round_robin": "(SGLang's dispatcher)", "sidp": "(own dispatcher)"}
@@ -46,11 +52,14 @@ RUNS = {
     "plain": Run("plain"),
     "was_round_robin": Run("round_robin", "was"),
     "was": Run("sidp", "was"),
-    "auto_round_robin": Run("round_robin", "auto"),
-    "auto": Run("sidp", "auto"),
+    "both_round_robin": Run("round_robin", "auto"),
+    "both": Run("sidp", "auto"),
+    "auto_round_robin": Run("round_robin", "auto", stays=True),
+    "auto": Run("sidp", "auto", stays=True),
 }
 THRESHOLDS = {"was": 1, "auto": 0}  # 0: as the ranks measure it
 FETCH_OVER_STEP = 4.0  # of one plain rank alone at batch 1
+MODES = ("was", "cas", "local")
 STATUS_SECONDS = 0.25  # between two looks at the ranks' counters
 BUCKETS = 20  # of a job's time
 REPEATS = 3
@@ -63,7 +72,7 @@ HEADS = [
     "over plain DP",
     "over SGLang's dispatcher",
     "over WaS",
-    "steps in WaS",
+    "steps WaS, CaS, local",
 ]
 
 
@@ -113,7 +122,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 run = RUNS[name]
                 side = sides[run.engine]
                 if run.mode:
-                    side.update(sidp_batch_threshold=THRESHOLDS[run.mode])
+                    side.update(
+                        sidp_batch_threshold=THRESHOLDS[run.mode], sidp_residency=int(run.stays)
+                    )
                 result = side.run(prompts, sampling, status_seconds=STATUS_SECONDS)
                 results[name].append(result)
                 print(
@@ -148,14 +159,21 @@ def over_time(result: JobResult, has_modes: bool) -> dict[str, list[float | None
     ]
     if not has_modes:
         return {"batch": means}
-    was, cas = (np.diff(steps_until(result, mode, edges)) for mode in ("was", "cas"))
-    shares = [float(c / (c + w)) if c + w > 0 else None for w, c in zip(was, cas, strict=True)]
-    return {"batch": means, "cas_share": shares}
+    steps = {mode: np.diff(steps_until(result, mode, edges)) for mode in MODES}
+    total = sum(steps.values())
+    shares = {
+        f"{mode}_share": [
+            float(n / all_n) if all_n > 0 else None for n, all_n in zip(of, total, strict=True)
+        ]
+        for mode, of in steps.items()
+    }
+    return {"batch": means, **shares}
 
 
 def row_of(name: str, runs: dict[str, list[JobResult]]) -> dict[str, Any]:
     results, run = runs[name], RUNS[name]
     speeds = {each: [result.tokens_per_second for result in runs[each]] for each in runs}
+    suffix = "" if run.engine == "sidp" else f"_{run.engine}"
     row: dict[str, Any] = {
         "tokens_per_second": spread(speeds[name]),
         "seconds": spread([result.seconds for result in results]),
@@ -165,14 +183,17 @@ def row_of(name: str, runs: dict[str, list[JobResult]]) -> dict[str, Any]:
     if run.mode is not None:
         row["over_plain"] = over(speeds[name], speeds["plain"])
         steps = [
-            [float(steps_until(result, mode, [float("inf")])[0]) for mode in ("was", "cas")]
+            [float(steps_until(result, mode, [float("inf")])[0]) for mode in MODES]
             for result in results
         ]
-        row["was_share"] = statistics.median(was / max(1.0, was + cas) for was, cas in steps)
+        row["shares"] = [
+            statistics.median(counts[index] / max(1.0, sum(counts)) for counts in steps)
+            for index in range(len(MODES))
+        ]
     if run.engine == "sidp":
         row["over_round_robin"] = over(speeds[name], speeds[f"{name}_round_robin"])
     if run.mode == "auto":
-        row["over_was"] = over(speeds[name], speeds[name.replace("auto", "was")])
+        row["over_was"] = over(speeds[name], speeds[f"was{suffix}"])
         last = results[-1].statuses[-1][1]
         row["thresholds"] = [status["batch_threshold"] for status in last]
     return row
@@ -190,7 +211,7 @@ def table(results: dict[str, Any]) -> Table:
                 f"{row['seconds']['median']:.1f}",
                 ranged(row["tokens_per_second"], 0),
                 *(ranged(ratio) if ratio else "" for ratio in ratios),
-                f"{row['was_share']:.0%}" if "was_share" in row else "",
+                ", ".join(f"{share:.0%}" for share in row.get("shares", [])),
             ]
         )
     return HEADS, rows
@@ -229,16 +250,17 @@ def draw(name: str, rows: dict[str, dict[str, Any]]) -> None:
         batch.set_xlabel("time (s)")
         batch.set_ylabel("running requests per rank")
         batch.legend(frameon=False)
-        shares = 100 * np.asarray(middle(rows["auto"], "cas_share"))
         width = rows["auto"]["seconds"]["median"] / BUCKETS
-        starts = np.arange(BUCKETS) * width
-        modes.bar(starts, shares, width, align="edge", color=COLOURS["cas"], label="CaS")
-        modes.bar(
-            starts, 100 - shares, width, shares, align="edge", color=COLOURS["was"], label="WaS"
-        )
+        starts, bottom = np.arange(BUCKETS) * width, np.zeros(BUCKETS)
+        for mode in MODES:
+            shares = 100 * np.nan_to_num(np.asarray(middle(rows["auto"], f"{mode}_share")))
+            modes.bar(
+                starts, shares, width, bottom, align="edge", color=COLOURS[mode], label=LABELS[mode]
+            )
+            bottom += shares
         modes.set_xlabel("time of the job with auto (s)")
         modes.set_ylabel("steps of all ranks (%)")
-        modes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+        modes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
 
 
 def main() -> None:

@@ -84,7 +84,8 @@ class Validation:
         files = [folder / f"{when}-{self.num_ranks}.json" for when in ("before", "after")]
         calibrations = [calibrate(self.model, self.num_ranks, self.gbps, files[0])]
         for name in self.names[1:]:
-            more = {"sidp": True, "sidp_mode": name, "sidp_link_gbps": self.gbps}
+            more = {"sidp": True, "sidp_mode": name, "sidp_residency": "off"}
+            more["sidp_link_gbps"] = self.gbps
             with self._side(name, more) as side:
                 measured[name] = self._measure(name, side)
         calibrations.append(calibrate(self.model, self.num_ranks, self.gbps, files[1]))

@@ -66,6 +66,7 @@ def test_one_request_at_a_time_equals_plain_sglang(case: Case, checkpoints: Path
             dp_size=case.dp_size,
             sidp=True,
             sidp_mode=case.mode,
+            sidp_residency="off",
             sidp_pool=case.pool,
             sidp_cache_slots=case.slots,
             **settings,
@@ -172,7 +173,7 @@ def test_many_requests_with_aborts_give_the_right_texts(
     requests = make_requests(1)
     with (
         disturbed(disturbances),
-        engine(CHECKPOINT, dp_size=4, sidp=True, sidp_mode=mode) as running,
+        engine(CHECKPOINT, dp_size=4, sidp=True, sidp_mode=mode, sidp_residency="off") as running,
     ):
         texts = run(running, requests)
         states = statuses(running)

@@ -100,6 +100,7 @@ def pooled(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
             dp_size=case.dp_size,
             sidp=True,
             sidp_mode=case.mode,
+            sidp_residency="off",
             sidp_pool=case.pool,
             sidp_cache_slots=case.slots,
             sidp_placement=case.placement,

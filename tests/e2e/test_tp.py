@@ -87,6 +87,7 @@ def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             plain.folder,
             sidp=True,
             sidp_mode=case.mode,
+            sidp_residency="off",
             sidp_pool=case.pool,
             sidp_cache_slots=case.slots,
             dp_size=SIZES["dp_size"],
