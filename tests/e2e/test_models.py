@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from bench.offline import run_job
 from tests.e2e.test_parity import NEW_TOKENS, PROMPTS, SETTINGS, Plain, planned_kv_tokens
 from tests.support.checkpoints import write_checkpoint
 from tests.support.disturbances import Disturbances, disturbed
@@ -32,6 +33,7 @@ SIZES_OF = {
 FLAGS = {"w8a8_int8": {"quantization": "w8a8_int8"}, "awq": {"dtype": "float16"}}
 PENALISED = {"temperature": 0, "max_new_tokens": 12, "frequency_penalty": 0.7}
 LOGPROB_TOLERANCE = 1e-5
+MERGING_ROUNDS = 8  # until calls of two ranks happen to meet at an owner
 
 
 class Case(NamedTuple):
@@ -47,14 +49,14 @@ class Case(NamedTuple):
 CASES = [Case("qwen3_moe", "fp8_blocks", "all", slots=1)]  # all that can be pooled, in one
 THOROUGH = [
     Case("qwen3_moe", mode="was", dp_size=3),
-    Case("qwen3_moe", mode="cas", slots=1),
+    Case("qwen3_moe", mode="cas", slots=1, dp_size=3),
     Case("qwen2_moe", placement="contiguous"),
     Case("qwen2_moe", mode="was", slots=1),
     Case("mixtral", pool="linear", slots=1),
     Case("mixtral", mode="was", dp_size=3, placement="contiguous"),
     Case("deepseek_v2", slots=1),
     Case("deepseek_v3", pool="linear", mode="was", dp_size=3),
-    Case("deepseek_v3", mode="cas", slots=1),
+    Case("deepseek_v3", mode="cas", slots=1, dp_size=3),
     Case("qwen3", "fp8_blocks", mode="was", dp_size=3),
     Case("qwen3", "fp8_tensors", "linear", slots=1),
     Case("qwen3", "w8a8_int8", "linear", slots=1),
@@ -138,6 +140,21 @@ def test_single_requests_equal_plain_sglang(pooled: Pooled) -> None:
             assert got_logprobs == pytest.approx(logprobs, abs=tolerance)
         check_mechanism(case, rank, before, statuses(running))
     check_memory(pooled, statuses(running))
+
+
+def test_owners_compute_rows_of_several_ranks_together(pooled: Pooled) -> None:
+    case, running = pooled.case, pooled.engine
+    if case.mode != "cas" or case.dp_size < 3:
+        pytest.skip("an owner computes for one other rank")
+    ranks = [rank for rank in range(case.dp_size) for _ in PROMPTS]
+    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    expected = [list(plain.token_ids) for plain, *_ in pooled.expected] * case.dp_size
+    for _ in range(MERGING_ROUNDS):
+        job = run_job(running, case.dp_size, PROMPTS * case.dp_size, sampling, ranks=ranks)
+        assert job.outputs == expected
+        if sum(status["cas"]["fused_gemms"] for status in statuses(running)):
+            return
+    pytest.fail("no owner has merged rows")
 
 
 def check_mechanism(case: Case, rank: int, before: list[dict], after: list[dict]) -> None:
