@@ -12,7 +12,7 @@ import torch
 from sglang.srt.plugins.hook_registry import HookType
 
 from sidp_sgl.sglang_hooks.required import Hook
-from sidp_sgl.sglang_hooks.residency.segments import Segments
+from sidp_sgl.sglang_hooks.residency.segments import NO_SEGMENTS, Segments
 from sidp_sgl.weightpool.alignment import align
 from sidp_sgl.weightpool.pool import WeightPool
 
@@ -20,35 +20,46 @@ _POOLS = "sglang.srt.mem_cache.memory_pool"
 
 
 class KvMemory:
-    """`segments` is None where nothing can be lent; `memory`: of each, [num_bytes] uint8."""
+    """`segments` are none where nothing can be lent; `memory`: of each, [num_bytes] uint8."""
 
     def __init__(self, pool: WeightPool) -> None:
-        self.segments: Segments | None = None
+        self.segments = NO_SEGMENTS
         self.memory: list[torch.Tensor] = []
         self.kv_pool: Any = None
         self._pool = pool
 
     def hooks(self) -> list[Hook]:
+        mha, mla = f"{_POOLS}.MHATokenToKVPool", f"{_POOLS}.MLATokenToKVPool"
         return [
-            Hook(f"{_POOLS}.MHATokenToKVPool._create_buffers_normal", self._mha, HookType.AFTER),
-            Hook(f"{_POOLS}.MLATokenToKVPool._create_buffers", self._mla, HookType.AFTER),
+            Hook(f"{mha}._create_buffers_normal", self._create, HookType.AROUND),
+            Hook(f"{mla}._create_buffers", self._create, HookType.AROUND),
         ]
 
-    def _mha(self, _: None, kv_pool: Any) -> None:
-        buffers = [b for pair in zip(kv_pool.k_buffer, kv_pool.v_buffer, strict=True) for b in pair]
-        if kv_pool.kv_cache_layout == "nhd":
-            buffers = self._move(kv_pool, buffers)
-            kv_pool.k_buffer, kv_pool.v_buffer = buffers[::2], buffers[1::2]
+    def _create(self, original: Any, kv_pool: Any) -> None:
+        if self.kv_pool is not None:  # a model with several kinds of attention
+            self.segments = NO_SEGMENTS
+            original(kv_pool)
+            return
+        self.kv_pool, device = kv_pool, kv_pool.device
+        kv_pool.device = "meta"
+        try:
+            original(kv_pool)
+        finally:
+            kv_pool.device = device
+        is_mla = hasattr(kv_pool, "kv_buffer")
+        lists = [kv_pool.kv_buffer] if is_mla else [kv_pool.k_buffer, kv_pool.v_buffer]
+        # Keys and values of a layer side by side, as SGLang has them.
+        buffers = [buffer for layer in zip(*lists, strict=True) for buffer in layer]
+        is_by_token = getattr(kv_pool, "kv_cache_layout", "nhd") == "nhd"
+        moved = self._moved(kv_pool, buffers) if is_by_token else None
+        if moved is None:
+            original(kv_pool)
+            return
+        for number, each in enumerate(lists):
+            each[:] = moved[number :: len(lists)]
 
-    def _mla(self, _: None, kv_pool: Any) -> None:
-        kv_pool.kv_buffer = self._move(kv_pool, kv_pool.kv_buffer)
-
-    def _move(self, kv_pool: Any, buffers: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The same buffers, [rows of tokens, …] each, in memory of ours."""
-        if self.kv_pool is not None:  # of a model with several kinds of attention
-            self.segments = None
-            return buffers
-        self.kv_pool = kv_pool
+    def _moved(self, kv_pool: Any, buffers: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """`buffers` [rows of tokens, …] in memory of ours; None where nothing can be lent."""
         transport, placement, rank = self._pool.transport, self._pool.placement, self._pool.rank
         page_bytes = transport.page_bytes
         assert page_bytes is not None
@@ -60,7 +71,7 @@ class KvMemory:
         end = rows // step * step
         count = min(len(self._pool.passing()), (end - kv_pool.page_size) // tokens)
         if count <= 0 or self._pool.placement.keeps_all(rank):
-            return buffers
+            return None
         first = end - count * tokens
         offsets = [padded * sum(row_bytes[:index]) for index in range(len(buffers))]
         ranges = [

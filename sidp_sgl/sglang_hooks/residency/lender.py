@@ -22,7 +22,7 @@ from sidp_sgl.weightpool.pool import WeightPool
 COLD_SECONDS = 5.0  # a cached prefix that was not used for so long gives way to a block
 _TICK_SECONDS = 0.01
 _GROWTH_TOKENS = 64  # of every running request, before it would need what is lent
-_FETCHED_AT_ONCE = 8  # one in so many blocks: other fetches wait behind them
+_FETCHED_AT_ONCE = 8  # one in so many blocks, while a step may wait for other fetches
 _ALLOCATORS = "sglang.srt.mem_cache.allocator"
 
 
@@ -77,7 +77,7 @@ class KvLender:
     def lent(self) -> Lent:
         segments, kv_pool = self._kv.segments, self._kv.kv_pool
         blocks = len(self._blocks)
-        tokens = blocks * segments.pages_each * kv_pool.page_size if segments else 0
+        tokens = blocks * segments.pages_each * kv_pool.page_size if blocks else 0
         needed = len(self._pool.prefetcher.order)
         return Lent(blocks, needed, tokens, self._kept, self._dropped)
 
@@ -128,7 +128,7 @@ class KvLender:
 
     def _lends(self, allocator: Any) -> bool:
         """Whether it allocates what is lent here."""
-        return self._kv.segments is not None and allocator.get_kvcache() is self._kv.kv_pool
+        return allocator.get_kvcache() is self._kv.kv_pool
 
     def _make_room(self, allocator: Any, num_pages: int) -> None:
         """Let so many pages be in the allocator's list, if there are any."""
@@ -149,7 +149,7 @@ class KvLender:
     def turn(self, *, on: bool, scheduler: Any) -> None:
         """From now on; off gives all of it back."""
         self.is_on = on
-        if not on and self._kv.segments is not None:
+        if not on:
             self._give_back(scheduler.token_to_kv_pool_allocator, self._kv.segments.num_held)
 
     def saw_prefill(self, batch: Any) -> None:
@@ -159,32 +159,35 @@ class KvLender:
     def tick(self, scheduler: Any) -> None:
         """Lend, where memory is spare: now and then, and not while a request waits."""
         now = time.monotonic()
-        if now < self._next_tick or not self.is_on or self._kv.segments is None:
+        if now < self._next_tick or not self.is_on or not self._kv.segments.count:
             return
         self._next_tick = now + _TICK_SECONDS
         self._see_ends(scheduler, now)
-        missing = self._pool.passing()
         is_pressed = scheduler.waiting_queue or scheduler.chunked_req is not None
-        if not missing or is_pressed or not self._may_fetch():
-            return
-        allocator = scheduler.token_to_kv_pool_allocator
-        segments, page_size = self._kv.segments, allocator.page_size
-        spare = (
-            allocator.available_size()
-            - segments.num_lent * segments.pages_each * page_size
-            - _GROWTH_TOKENS * len(scheduler.running_batch.reqs)
-        )
-        wanted = segments.pages_each * page_size
+        while not is_pressed and self._may_fetch(scheduler) and self._lend(scheduler, now):
+            pass
+
+    def _lend(self, scheduler: Any, now: float) -> bool:
+        """Let one more block stay; whether it does."""
+        missing, segments = self._pool.passing(), self._kv.segments
+        if not missing:
+            return False
+        allocator, running = scheduler.token_to_kv_pool_allocator, scheduler.running_batch.reqs
+        wanted = segments.pages_each * allocator.page_size
+        spare = allocator.available_size() - segments.num_lent * wanted
+        spare -= _GROWTH_TOKENS * len(running)
+        cold = max(0, scheduler.tree_cache.evictable_size() - self._recent.total(now))
         if spare >= wanted:
             self._hold(allocator)
-            segment = segments.whole()
-            if segment is not None:
+            if (segment := segments.whole()) is not None:
                 segments.lend(segment)
                 self._blocks[segment] = missing[0]
                 self._kept += 1
                 self._pool.keep(missing[0], self._kv.memory[segment])
-                return
-        self._evict_cold(scheduler.tree_cache, wanted, now)
+                return True
+        if self._evicts and cold and spare + cold >= wanted:
+            scheduler.tree_cache.evict(EvictParams(num_tokens=min(cold, wanted)))
+        return False
 
     def _see_ends(self, scheduler: Any, now: float) -> None:
         """What a request has computed stays in the cache when it ends."""
@@ -195,10 +198,11 @@ class KvLender:
         self._recent.use(now, sum(n for rid, n in self._running.items() if rid not in running))
         self._running = running
 
-    def _may_fetch(self) -> bool:
-        prefetcher = self._pool.prefetcher
-        most = max(1, len(prefetcher.order) // _FETCHED_AT_ONCE)
-        return prefetcher.residents.num_fetching < most
+    def _may_fetch(self, scheduler: Any) -> bool:
+        """Fetches of steps wait behind these."""
+        prefetcher, is_idle = self._pool.prefetcher, not scheduler.running_batch.reqs
+        most = len(prefetcher.order) if is_idle else len(prefetcher.order) // _FETCHED_AT_ONCE
+        return prefetcher.residents.num_fetching < max(1, most)
 
     def _hold(self, allocator: Any) -> None:
         """Take pages that may be lent out of the allocator's list."""
@@ -208,8 +212,3 @@ class KvLender:
         if is_ours.any():
             free = allocator.free_pages
             allocator.free_pages = free[~torch.from_numpy(is_ours).to(free.device)]
-
-    def _evict_cold(self, tree_cache: Any, num_tokens: int, now: float) -> None:
-        cold = tree_cache.evictable_size() - self._recent.total(now)
-        if self._evicts and cold > 0:
-            tree_cache.evict(EvictParams(num_tokens=min(cold, num_tokens)))

@@ -27,6 +27,10 @@ class Segments:
         self.num_held = 0  # pages, lent ones among them
 
     @property
+    def count(self) -> int:
+        return len(self._held)
+
+    @property
     def pages_each(self) -> int:
         return self._held.shape[1]
 
@@ -50,14 +54,15 @@ class Segments:
 
     def has(self, pages: np.ndarray) -> np.ndarray:
         """Which of `pages` [n] are held; mask [n]."""
+        if not self._held.size:
+            return np.zeros(len(pages), dtype=bool)
         places = pages - self._first_page
-        is_ours = (places >= 0) & (places < self._held.size)
-        is_ours[is_ours] = self._held.reshape(-1)[places[is_ours]]
-        return is_ours
+        is_inside = (places >= 0) & (places < self._held.size)
+        return is_inside & self._held.reshape(-1)[np.where(is_inside, places, 0)]
 
     def whole(self) -> int | None:
         """A segment that may be lent."""
-        whole = self._held.all(axis=1)
+        whole: np.ndarray = self._held.all(axis=1)
         whole[self._lent] = False
         return int(whole.argmax()) if whole.any() else None
 
@@ -88,3 +93,6 @@ class Segments:
         self._held[segment, places] = False
         self.num_held -= len(places)
         return places + segment * self.pages_each + self._first_page
+
+
+NO_SEGMENTS = Segments(0, 0, 0)

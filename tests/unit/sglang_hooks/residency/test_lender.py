@@ -116,6 +116,9 @@ class Machine:
             kv = MHATokenToKVPool(size, page, kind, head_num=2, head_dim=16, **common)
             self.buffers = [*kv.k_buffer, *kv.v_buffer]
             assert kv.k_data_ptrs.tolist() == [buffer.data_ptr() for buffer in kv.k_buffer]
+            for keys, values in zip(kv.k_buffer, kv.v_buffer, strict=True):
+                assert (values.data_ptr() - keys.data_ptr()) % (page * keys[0].nbytes) == 0
+        assert not any(buffer.any() or buffer.is_meta for buffer in self.buffers)
         allocator = TokenToKVPoolAllocator if page == 1 else PagedTokenToKVPoolAllocator
         sizes = (size,) if page == 1 else (size, page)
         self.allocator = allocator(*sizes, torch.int64, "cpu", kv, need_sort=False)
