@@ -27,6 +27,7 @@ from tests.support.engines import engine, statuses
 
 DEVICE_MEMORY = "10MB"  # KV for a few requests: others wait
 DP_SIZE = 4
+MODES = ("was", "cas", "local")
 NUM_REQUESTS = 300
 WARM_UP_SECONDS = 60.0
 DISTURBANCES = Disturbances(switch_every=5, decline=0.1, delay=0.05, delay_ms=20)
@@ -94,6 +95,9 @@ def problems_of(states: list[dict[str, Any]], early: Resources, late: Resources)
             problems.append(f"{name} did not change its mode: {state['iterations']}")
         if state["running_batch_size"] or state["waiting_requests"]:
             problems.append(f"{name} still has requests")
+    for what in ("kept", "dropped"):
+        if not any(state["residency"][what] for state in states):
+            problems.append(f"no rank has {what} a block")
     for what in ("descriptors", "threads"):
         before, after = getattr(early, what), getattr(late, what)
         if any(new > old for old, new in zip(before, after, strict=True)):
@@ -130,7 +134,8 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "slowest_seconds": load.slowest_seconds,
         "stops": stops.count,
         "stopped_seconds": stops.seconds,
-        "iterations": {m: sum(s["iterations"][m] for s in states) for m in ("was", "cas")},
+        "iterations": {m: sum(s["iterations"][m] for s in states) for m in MODES},
+        "residency": {n: sum(s["residency"][n] for s in states) for n in ("kept", "dropped")},
         "mode_switches": sum(state["mode_switches"] for state in states),
         "cas": {name: sum(state["cas"][name] for state in states) for name in COUNTERS},
         "resources": {"first minute": early._asdict(), "end": late._asdict()},
@@ -151,7 +156,8 @@ def main() -> None:
     print(
         f"soak: {result['answered']} of {sum(result['requests'].values())} requests answered, "
         f"{cas['rows_served']:,} of {cas['rows_sent']:,} rows served, "
-        f"{steps['cas']:,} CaS and {steps['was']:,} WaS steps, "
+        f"{steps['cas']:,} CaS, {steps['was']:,} WaS and {steps['local']:,} local steps, "
+        f"{result['residency']['kept']:,} blocks stayed, {result['residency']['dropped']:,} went, "
         f"{result['mode_switches']:,} switches, {cas['declined']:,} declines, "
         f"{cas['silent']} silences, {cas['fallbacks']} fallbacks, {result['stops']} stops; "
         f"{len(result['problems']) or 'no'} problems"
