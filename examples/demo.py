@@ -35,7 +35,7 @@ class Model(NamedTuple):
     num_problems: int
 
 
-MODELS = {"dense": Model("checkpoint", "7.9MB", 256), "moe": Model("moe", "10.3MB", 48)}
+MODELS = {"dense": Model("checkpoint", "7.9MB", 64), "moe": Model("moe", "10.3MB", 48)}
 
 
 @contextlib.contextmanager

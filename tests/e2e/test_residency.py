@@ -16,14 +16,8 @@ NEW_TOKENS = 12
 SETTINGS = {"skip_tokenizer_init": True, "chunked_prefill_size": 256}
 DEVICE_MEMORY = "5MB"
 SHORT = [[7, 8, 9], [(11 * k) % 250 + 3 for k in range(40)]]
+LONG = [(13 * k) % 250 + 3 for k in range(4000)]
 SECONDS = 60.0
-
-
-@pytest.fixture(scope="module")
-def memory() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SIDP_CPU_DEVICE_MEMORY", DEVICE_MEMORY)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +28,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pooled(memory: None, model: Path) -> Iterator[sglang.Engine]:
-    with engine(model, dp_size=2, sidp=True, sidp_cache_slots=1, **SETTINGS) as running:
-        yield running
+def expected(model: Path) -> list[Answer]:
+    """Plain SGLang's; its end takes every engine of the process with it."""
+    with engine(model, **SETTINGS) as plain:
+        return [answer(plain, prompt, NEW_TOKENS) for prompt in [*SHORT, LONG]]
 
 
 @pytest.fixture(scope="module")
-def long_prompt(pooled: sglang.Engine) -> list[int]:
-    """Nine tenths of a rank's KV memory."""
-    tokens = statuses(pooled)[0]["kv_capacity_tokens"] * 9 // 10
-    return [(13 * k) % 250 + 3 for k in range(tokens)]
-
-
-@pytest.fixture(scope="module")
-def expected(pooled: sglang.Engine, model: Path, long_prompt: list[int]) -> list[Answer]:
-    with engine(model, **SETTINGS) as plain, pytest.MonkeyPatch.context():
-        return [answer(plain, prompt, NEW_TOKENS) for prompt in [*SHORT, long_prompt]]
+def pooled(expected: list[Answer], model: Path) -> Iterator[sglang.Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIDP_CPU_DEVICE_MEMORY", DEVICE_MEMORY)
+        with engine(model, dp_size=2, sidp=True, sidp_cache_slots=1, **SETTINGS) as running:
+            yield running
 
 
 def wait_for(running: sglang.Engine, is_so: Callable[[dict[str, Any]], bool]) -> list[dict]:
@@ -87,10 +77,12 @@ def test_local_steps_are_plain_sglangs(pooled: sglang.Engine, expected: list[Ans
 
 
 def test_blocks_go_when_a_request_needs_their_memory(
-    pooled: sglang.Engine, expected: list[Answer], long_prompt: list[int]
+    pooled: sglang.Engine, expected: list[Answer]
 ) -> None:
     before = wait_for(pooled, has_all_blocks)
-    assert answer(pooled, long_prompt, NEW_TOKENS, 1) == expected[2]
+    capacity = before[1]["kv_capacity_tokens"]
+    assert capacity - before[1]["residency"]["tokens"] < len(LONG) < capacity, "it needs some of it"
+    assert answer(pooled, LONG, NEW_TOKENS, 1) == expected[2]
     first, second = statuses(pooled)
     assert first["residency"]["dropped"] == 0, "the other rank keeps its own"
     assert second["residency"]["dropped"] > before[1]["residency"]["dropped"]
