@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidp_sgl.config import MODES, PLACEMENTS, POOLS, SELF_CHECKS, SidpConfig, flag_name
+from sidp_sgl.config import (
+    MODES,
+    PLACEMENTS,
+    POOLS,
+    RESIDENCIES,
+    SELF_CHECKS,
+    SidpConfig,
+    flag_name,
+)
 from sidp_sgl.errors import SidpUsageError
 
 
@@ -32,6 +40,7 @@ def test_defaults() -> None:
         "sidp_link_gbps": None,
         "sidp_colocate": False,
         "sidp_self_check": "full",
+        "sidp_residency": "auto",
         "sidp_sampling": None,
         "engine": "",
         "own_dispatch": True,
@@ -56,6 +65,7 @@ CHOICES = [
     ("sidp_mode", MODES),
     ("sidp_placement", PLACEMENTS),
     ("sidp_self_check", SELF_CHECKS),
+    ("sidp_residency", RESIDENCIES),
 ]
 
 
@@ -171,3 +181,10 @@ def test_valid_values_survive_the_way_into_other_processes(
         }
     ).of_engine("engine", "auto", is_server=False)
     assert SidpConfig(**config.as_dict()) == config
+
+
+def test_blocks_stay_in_mode_auto_only() -> None:
+    assert SidpConfig(sidp=True).has_residency
+    assert not SidpConfig(sidp=True, sidp_residency="off").has_residency
+    for mode in ("was", "cas"):
+        assert not SidpConfig(sidp=True, sidp_mode=mode).has_residency

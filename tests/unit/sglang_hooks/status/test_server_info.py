@@ -15,7 +15,7 @@ def test_the_status_joins_sglangs_own() -> None:
     output = SimpleNamespace(internal_state={"version": 1})
     assert ServerInfo(lambda: STATUS, lambda: MEMBERS)._add_status(output, "controller") is output
     assert output.internal_state == {"version": 1, "sidp": {**asdict(STATUS), "members": MEMBERS}}
-    assert output.internal_state["sidp"]["iterations"] == {"was": 5, "cas": 0}
+    assert output.internal_state["sidp"]["iterations"] == {"was": 5, "cas": 0, "local": 0}
 
 
 def test_tp_ranks_above_0_take_part() -> None:
