@@ -85,7 +85,8 @@ def test_many_requests_give_identical_text_and_right_answers(
     assert result.outputs == plain_job.outputs == [*map(solve, shared_prefix_job())]
     assert result.hit_rate > 0.5, "the radix cache must hold the header"
     for status in states:
-        assert status["was"]["fetches"] > 100 and status["was"]["resyncs"] == 0
+        assert status["was"]["fetches"] > 100
+        assert status["was"]["resyncs"] <= status["residency"]["dropped"]
         assert status["placeholders_unmaterialised"] == 2 * (12 - len(status["owned_layers"]))
 
 

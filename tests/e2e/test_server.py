@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.demo_job import CHECKPOINT
 from examples.demo_model.arithmetic import few_shot_header, final_answer, held_out_problems
-from sidp_sgl.scheduler.status import METRICS, VALUES
+from sidp_sgl.scheduler.status import METRICS, MODE_CODES, VALUES
 from tests.support.dashboard import ACCEPT, QUERIES, VARIABLES, exposed, selectors, selects
 from tests.support.server import Server
 from tests.support.traces import Traces, ranks, traced
@@ -78,7 +78,7 @@ def test_server_info_shows_every_rank(running: Server) -> None:
     assert sorted(status["dp_rank"] for status in states) == [0, 1]
     for status in states:
         assert set(paths(status)) == {value.path for value in VALUES} | {("members",)}
-        assert status["enabled"] and status["mode"] == "was"
+        assert status["enabled"] and status["mode"] in MODE_CODES
         assert status["owned_bytes"] < status["pooled_bytes"]
         assert status["kv_headroom_tokens"] <= status["kv_capacity_tokens"]
 
@@ -128,9 +128,13 @@ def cas_steps(running: Server) -> int:
 
 
 def test_the_batch_threshold_can_be_set_meanwhile(running: Server) -> None:
-    def set_threshold(value: float) -> list[bool]:
-        return running.post("/set_internal_state", {"server_args": {"sidp_batch_threshold": value}})
+    def change(**values: float) -> list[bool]:
+        return running.post("/set_internal_state", {"server_args": values})
 
+    def set_threshold(value: float) -> list[bool]:
+        return change(sidp_batch_threshold=value)
+
+    assert change(sidp_residency=0) == [True, True]
     body = {"text": HEADER + PROMPT, "sampling_params": {"temperature": 0, "max_new_tokens": 96}}
     assert set_threshold(1) == [True, True]
     before = cas_steps(running)
@@ -140,7 +144,7 @@ def test_the_batch_threshold_can_be_set_meanwhile(running: Server) -> None:
     assert running.post("/generate", body)["text"] == text
     assert cas_steps(running) > before
     assert set_threshold(-1) == [False, False]
-    assert set_threshold(0) == [True, True]
+    assert set_threshold(0) == change(sidp_residency=1) == [True, True]
 
 
 def test_weight_updates_are_refused(running: Server) -> None:

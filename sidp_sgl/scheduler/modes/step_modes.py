@@ -72,9 +72,9 @@ class StepModes:
         """The mode of a decode step; rows for a CaS step are leased. `is_local`: it needs no other
         rank."""
         self._is_local = is_local
+        threshold = self._current_threshold()
         if is_local:
             return LOCAL
-        threshold = self._current_threshold()
         if threshold is not None and threshold > self.max_rows:
             threshold = 2 * self.max_rows  # out of reach: no hysteresis below it
         wants_cas = self.policy.decide(batch_size, threshold) == CAS
