@@ -160,7 +160,7 @@ class SidpConfig:
     @property
     def has_residency(self) -> bool:
         """Whether fetched blocks may stay; --sidp-mode was and cas are what they say."""
-        return self.sidp_mode == self.sidp_residency == "auto"
+        return self.sidp_residency == "auto" and self.sidp_mode == "auto"
 
     @property
     def sampling(self) -> str | None:

@@ -177,7 +177,8 @@ class Rank:
         self.waiting = WaitingRequests(self.dp_rank, controller, config.engine)
         self.lender: KvLender | None = None
         if config.has_residency and self.pool.transport.page_bytes is not None:
-            self.lender = KvLender(self.pool, evicts=member.tp_size == 1)
+            is_lru = server_args.radix_eviction_policy == "lru"
+            self.lender = KvLender(self.pool, evicts=is_lru and member.tp_size == 1)
         has_metrics = self.control is not None and get_observability().enable_metrics
         metrics = Metrics(self.status) if has_metrics else None
         self.hooks = SchedulerHooks(

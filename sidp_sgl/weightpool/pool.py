@@ -155,13 +155,15 @@ class WeightPool:
 
     def keep(self, block: int, memory: torch.Tensor) -> None:
         """Between two steps: let a fetched block stay in `memory`, which is lent."""
+        self._entered = None
         self.prefetcher.keep(block, memory)
         self.on_move(block, self.layouts[block].views(memory))
 
     def drop(self, block: int) -> None:
         """Between two steps: what is enqueued from here on may write to the memory of a block that
         was kept."""
-        self.prefetcher.residents.drop(block)
+        self._entered = None
+        self.prefetcher.drop(block)
         self.on_move(block, self.layouts[block].views(self.prefetcher.slot_of(block).memory))
 
     def passing(self) -> list[int]:

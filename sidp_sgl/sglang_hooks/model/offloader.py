@@ -230,8 +230,9 @@ class PoolOffloader(BaseOffloader):
 
     def _move(self, index: int, views: dict[str, torch.Tensor]) -> None:
         """Another rank's block lies elsewhere from now on."""
-        for name, tensor in self._blocks[index].tensors().items():
-            tensor.data = views[name]
+        tensors = self._blocks[index].tensors()
+        for name, view in views.items():
+            tensors[name].data = view
 
     def _gather_embedding(self) -> None:
         """The first table is the embedding, or both."""

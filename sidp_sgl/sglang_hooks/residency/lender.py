@@ -1,8 +1,7 @@
 """Elastic residency: KV memory that nobody needs holds blocks of other ranks, so that they stay.
 
 Held and lent pages count as available, for they are back before SGLang's allocator would miss them:
-no request waits, and no cached prefix goes, for a block's sake. Only prefixes that were not used
-for a while give way to one.
+no request waits for a block's sake, and no cached prefix goes that was used of late.
 """
 
 import time
@@ -13,16 +12,18 @@ import numpy as np
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.utils import get_num_new_pages
 
 from sidp_sgl.sglang_hooks.required import Hook
 from sidp_sgl.sglang_hooks.residency.kv_memory import KvMemory
 from sidp_sgl.sglang_hooks.residency.recent import RecentTokens
+from sidp_sgl.sglang_hooks.step.rank_steps import being_prefilled
 from sidp_sgl.weightpool.pool import WeightPool
 
 COLD_SECONDS = 5.0  # a cached prefix that was not used for so long gives way to a block
 _TICK_SECONDS = 0.01
 _GROWTH_TOKENS = 64  # of every running request, before it would need what is lent
-_FETCHED_AT_ONCE = 8  # one in so many blocks, while a step may wait for other fetches
+_FETCHES = 2  # under way at once: steps' fetches, and whoever needs the memory, wait behind them
 _ALLOCATORS = "sglang.srt.mem_cache.allocator"
 
 
@@ -39,7 +40,8 @@ class Lent:
 
 
 class KvLender:
-    """Of one rank. `evicts`: whether cold prefixes may go; TP ranks' caches must stay alike."""
+    """Of one rank. `evicts`: whether cold prefixes may go, which the cache must give in the order
+    of their last use; TP ranks' caches must stay alike."""
 
     def __init__(self, pool: WeightPool, *, evicts: bool) -> None:
         self.is_on = True
@@ -95,21 +97,26 @@ class KvLender:
         prefix_lens_cpu: torch.Tensor,
         seq_lens: torch.Tensor,
         seq_lens_cpu: torch.Tensor,
-        last_loc: torch.Tensor,
-        extend_num_tokens: int,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        most = extend_num_tokens // allocator.page_size + len(prefix_lens) + 1
-        self._make_room(allocator, most)
+        pages = get_num_new_pages(seq_lens_cpu, allocator.page_size, prefix_lens_cpu)
+        self._make_room(allocator, int(pages))
         lengths = prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu
-        return original(allocator, *lengths, last_loc, extend_num_tokens, *args, **kwargs)
+        return original(allocator, *lengths, *args, **kwargs)
 
     def _alloc_decode(
-        self, original: Any, allocator: Any, seq_lens: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        original: Any,
+        allocator: Any,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        self._make_room(allocator, len(seq_lens))
-        return original(allocator, seq_lens, *args, **kwargs)
+        pages = get_num_new_pages(seq_lens_cpu, allocator.page_size, decode=True)
+        self._make_room(allocator, int(pages))
+        return original(allocator, seq_lens, seq_lens_cpu, *args, **kwargs)
 
     def _available_size(self, original: Any, allocator: Any) -> int:
         held = self._kv.segments.num_held if self._lends(allocator) else 0
@@ -149,8 +156,9 @@ class KvLender:
     def turn(self, *, on: bool, scheduler: Any) -> None:
         """From now on; off gives all of it back."""
         self.is_on = on
-        if not on:
-            self._give_back(scheduler.token_to_kv_pool_allocator, self._kv.segments.num_held)
+        allocator = scheduler.token_to_kv_pool_allocator
+        if not on and self._lends(allocator):
+            self._give_back(allocator, self._kv.segments.num_held)
 
     def saw_prefill(self, batch: Any) -> None:
         """A prefill uses the prefixes that it finds, and leaves its tokens in the cache."""
@@ -158,55 +166,67 @@ class KvLender:
 
     def tick(self, scheduler: Any) -> None:
         """Lend, where memory is spare: now and then, and not while a request waits."""
-        now = time.monotonic()
-        if now < self._next_tick or not self.is_on or not self._kv.segments.count:
+        now, allocator = time.monotonic(), scheduler.token_to_kv_pool_allocator
+        if now < self._next_tick or not self.is_on or not self._lends(allocator):
             return
         self._next_tick = now + _TICK_SECONDS
-        self._see_ends(scheduler, now)
+        running = [req for req in scheduler.running_batch.reqs if not req.finished()]
+        self._see_ends(running, now)
         is_pressed = scheduler.waiting_queue or scheduler.chunked_req is not None
-        while not is_pressed and self._may_fetch(scheduler) and self._lend(scheduler, now):
-            pass
-
-    def _lend(self, scheduler: Any, now: float) -> bool:
-        """Let one more block stay; whether it does."""
-        missing, segments = self._pool.passing(), self._kv.segments
-        if not missing:
-            return False
-        allocator, running = scheduler.token_to_kv_pool_allocator, scheduler.running_batch.reqs
-        wanted = segments.pages_each * allocator.page_size
-        spare = allocator.available_size() - segments.num_lent * wanted
-        spare -= _GROWTH_TOKENS * len(running)
-        cold = max(0, scheduler.tree_cache.evictable_size() - self._recent.total(now))
-        if spare >= wanted:
+        if is_pressed or not self._kv.segments.count or not self._pool.passing():
+            return
+        growth = max(_GROWTH_TOKENS, allocator.page_size)
+        reserved = growth * (len(running) + being_prefilled(scheduler))
+        if self._kv.segments.whole() is None and self._spare(allocator, reserved) >= 0:
             self._hold(allocator)
-            if (segment := segments.whole()) is not None:
-                segments.lend(segment)
-                self._blocks[segment] = missing[0]
-                self._kept += 1
-                self._pool.keep(missing[0], self._kv.memory[segment])
-                return True
-        if self._evicts and cold and spare + cold >= wanted:
-            scheduler.tree_cache.evict(EvictParams(num_tokens=min(cold, wanted)))
-        return False
+        while self._may_lend(allocator, reserved):
+            self._lend()
+        self._make_cold_room(scheduler, reserved, now)
 
-    def _see_ends(self, scheduler: Any, now: float) -> None:
+    def _spare(self, allocator: Any, reserved: int) -> int:
+        """Tokens that nobody needs beyond one more segment; may be below 0."""
+        segments = self._kv.segments
+        lent = (segments.num_lent + 1) * segments.pages_each * allocator.page_size
+        return allocator.available_size() - lent - reserved
+
+    def _may_lend(self, allocator: Any, reserved: int) -> bool:
+        return (
+            self._pool.prefetcher.residents.num_fetching < _FETCHES
+            and bool(self._pool.passing())
+            and self._kv.segments.whole() is not None
+            and self._spare(allocator, reserved) >= 0
+        )
+
+    def _lend(self) -> None:
+        """Let one more block stay: of those that the next step needs last, for the first may lie in
+        their slots."""
+        segment, block = self._kv.segments.whole(), self._pool.passing()[-1]
+        assert segment is not None
+        self._kv.segments.lend(segment)
+        self._blocks[segment] = block
+        self._kept += 1
+        self._pool.keep(block, self._kv.memory[segment])
+
+    def _make_cold_room(self, scheduler: Any, reserved: int, now: float) -> None:
+        """Let prefixes go that were not used of late, where a segment could be had for them."""
+        segments, allocator = self._kv.segments, scheduler.token_to_kv_pool_allocator
+        if not self._evicts or segments.whole() is not None or not self._pool.passing():
+            return
+        cold = scheduler.tree_cache.evictable_size() - self._recent.total(now)
+        if cold > 0 and self._spare(allocator, reserved) + cold >= 0:
+            num_tokens = min(cold, segments.pages_each * allocator.page_size)
+            scheduler.tree_cache.evict(EvictParams(num_tokens=num_tokens))
+
+    def _see_ends(self, running: list[Any], now: float) -> None:
         """What a request has computed stays in the cache when it ends."""
-        running = {
-            req.rid: len(req.origin_input_ids) + len(req.output_ids)
-            for req in scheduler.running_batch.reqs
-        }
-        self._recent.use(now, sum(n for rid, n in self._running.items() if rid not in running))
-        self._running = running
-
-    def _may_fetch(self, scheduler: Any) -> bool:
-        """Fetches of steps wait behind these."""
-        prefetcher, is_idle = self._pool.prefetcher, not scheduler.running_batch.reqs
-        most = len(prefetcher.order) if is_idle else len(prefetcher.order) // _FETCHED_AT_ONCE
-        return prefetcher.residents.num_fetching < max(1, most)
+        lengths = {req.rid: len(req.origin_input_ids) + len(req.output_ids) for req in running}
+        self._recent.use(now, sum(n for rid, n in self._running.items() if rid not in lengths))
+        self._running = lengths
 
     def _hold(self, allocator: Any) -> None:
         """Take pages that may be lent out of the allocator's list."""
-        self._take_out(allocator, self._kv.segments.hold(allocator.free_pages.cpu().numpy()))
+        if bool((allocator.free_pages >= self._kv.segments.first_page).any()):
+            self._take_out(allocator, self._kv.segments.hold(allocator.free_pages.cpu().numpy()))
 
     def _take_out(self, allocator: Any, is_ours: np.ndarray) -> None:
         if is_ours.any():

@@ -21,7 +21,7 @@ class Segments:
     """`count` segments of `pages_each` pages, from page `first_page` on."""
 
     def __init__(self, first_page: int, pages_each: int, count: int) -> None:
-        self._first_page = first_page
+        self.first_page = first_page
         self._held = np.zeros((count, pages_each), dtype=bool)
         self._lent: list[int] = []
         self.num_held = 0  # pages, lent ones among them
@@ -41,12 +41,12 @@ class Segments:
 
     def pages(self) -> np.ndarray:
         """All that are held, [n] int64."""
-        return np.flatnonzero(self._held.reshape(-1)) + self._first_page
+        return np.flatnonzero(self._held.reshape(-1)) + self.first_page
 
     def hold(self, free: np.ndarray) -> np.ndarray:
         """Take over those of the `free` pages [n] that belong to a segment; returns a mask [n] of
         them."""
-        places = free - self._first_page
+        places = free - self.first_page
         is_ours = (places >= 0) & (places < self._held.size)
         self._held.reshape(-1)[places[is_ours]] = True
         self.num_held += int(is_ours.sum())
@@ -56,7 +56,7 @@ class Segments:
         """Which of `pages` [n] are held; mask [n]."""
         if not self._held.size:
             return np.zeros(len(pages), dtype=bool)
-        places = pages - self._first_page
+        places = pages - self.first_page
         is_inside = (places >= 0) & (places < self._held.size)
         return is_inside & self._held.reshape(-1)[np.where(is_inside, places, 0)]
 
@@ -92,7 +92,7 @@ class Segments:
         places = np.flatnonzero(self._held[segment])[:most]
         self._held[segment, places] = False
         self.num_held -= len(places)
-        return places + segment * self.pages_each + self._first_page
+        return places + segment * self.pages_each + self.first_page
 
 
 NO_SEGMENTS = Segments(0, 0, 0)

@@ -61,7 +61,8 @@ class UpdateHooks:
     def _check_residency(self, field: str, value: Any) -> None:
         if self._turn_residency is None:
             raise UpdateRejected(
-                f"{field} has no effect here: restart with --sidp-mode auto, --sidp-residency auto"
+                f"{field} has no effect: blocks stay with --sidp-mode auto, --sidp-residency auto, "
+                "on CPU ranks"
             )
         if value not in (0, 1):
             raise UpdateRejected(f"{field} {value} is not a switch: use 1 or 0")

@@ -90,7 +90,7 @@ class RankSteps:
         stats = scheduler.pool_stats_observer.get_pool_stats()
         state = RankState(
             rank=self._pool.rank,
-            running_batch_size=running + _being_prefilled(scheduler),
+            running_batch_size=running + being_prefilled(scheduler),
             waiting_requests=len(scheduler.waiting_queue),
             received=self._received(),
             max_running_requests=int(scheduler.max_running_requests),
@@ -148,7 +148,7 @@ def _step(requester: Requester | None, mode: str, rows: int) -> Iterator[None]:
         requester.end_step()
 
 
-def _being_prefilled(scheduler: Any) -> int:
+def being_prefilled(scheduler: Any) -> int:
     """Requests that have left the queue and do not decode yet."""
     last = scheduler.last_batch
     return len(last.reqs) if last is not None and last.forward_mode.is_extend() else 0

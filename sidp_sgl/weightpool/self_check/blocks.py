@@ -19,7 +19,7 @@ from sidp_sgl.weightpool.transport.interface import PeerStripe
 POISON = 0xA5  # small numbers in every floating-point format
 _REPLAYS = 2  # the second begins with what the first has fetched
 EAGER, CAPTURED = "fetched into its slot", "fetched into its slot by a CUDA graph"
-IN_PLACE, RUNNING = "read where it lies", "fetched into its slot while running"
+IN_PLACE, RUNNING = "read where it lies", "as it lies here while running"
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,8 @@ class Prefetcher:
         self._fill()
 
     def acquire(self, block: int) -> None:
-        """The compute stream may read the slot of `block` once this returns (or, on a GPU, once
-        its stream gets here)."""
+        """The compute stream may read `block` once this returns (or, on a GPU, once its stream gets
+        here)."""
         self._end_replays()
         if block in self.residents:
             self.residents.acquire(block)
@@ -175,6 +175,13 @@ class Prefetcher:
         if slot.block == block:
             slot.block = None
             self._free(slot)
+
+    def drop(self, block: int) -> None:
+        """A block that was kept takes its slot again."""
+        self.residents.drop(block)
+        if all(slot.free for slot in self.slots):
+            self._next = 0  # as the next step begins
+        self._fill()
 
     def _fill(self) -> None:
         order = self._schedule.order

@@ -2,7 +2,7 @@
 and a block never use the same memory, and no request finds less room for a block's sake."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ class FakePool:
         residents = SimpleNamespace(num_fetching=0)
         self.prefetcher = SimpleNamespace(order=range(NUM_BLOCKS), residents=residents)
         self.kept: dict[int, torch.Tensor] = {}
+        self.on_keep: Callable[[], object] = lambda: None
 
     def passing(self) -> list[int]:
         return [block for block in range(NUM_BLOCKS) if block not in self.kept]
@@ -42,6 +43,7 @@ class FakePool:
         assert memory.numel() >= BLOCK_BYTES
         self.kept[block] = memory[:BLOCK_BYTES]
         self.kept[block].fill_(200 + block)
+        self.on_keep()
 
     def check(self) -> None:
         for block, memory in self.kept.items():
@@ -129,6 +131,7 @@ class Machine:
             tree_cache=self.cache,
             waiting_queue=[],
             chunked_req=None,
+            last_batch=None,
             running_batch=SimpleNamespace(reqs=[]),
         )
 
@@ -229,13 +232,17 @@ def test_an_idle_rank_keeps_all_blocks_and_gives_them_back(page_size: int, is_ml
         assert len(rank.pool.kept) == NUM_BLOCKS
 
 
+def request(rid: str, num_tokens: int, *, is_finished: bool = False) -> Any:
+    return SimpleNamespace(
+        rid=rid, origin_input_ids=[0] * num_tokens, output_ids=[], finished=lambda: is_finished
+    )
+
+
 def test_memory_that_running_requests_will_soon_need_is_not_lent() -> None:
     with machine() as rank:
         rank.admit(600)
         running = rank.scheduler.running_batch.reqs
-        running.extend(
-            SimpleNamespace(rid=str(n), origin_input_ids=[0] * 10, output_ids=[]) for n in range(12)
-        )
+        running.extend(request(str(n), 10) for n in range(12))
         rank.tick(9)
         assert len(rank.pool.kept) == 0
         del running[1:]
@@ -263,6 +270,43 @@ def test_prefixes_give_way_when_they_have_been_cold(monkeypatch: pytest.MonkeyPa
         rank.tick(30)
         assert rank.cache.evicted and len(rank.pool.kept) == NUM_BLOCKS
         rank.check()
+
+
+def test_what_a_request_leaves_is_not_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang still counts it as running when it has ended."""
+    now = [100.0]
+    monkeypatch.setattr(lender_module.time, "monotonic", lambda: now[0])
+    with machine() as rank:
+        rank.admit(1400)
+        rank.scheduler.running_batch.reqs = [request("long", 1400)]
+        rank.tick()
+        now[0] += NEVER
+        rank.tick()
+        rank.scheduler.running_batch.reqs = [request("long", 1400, is_finished=True)]
+        rank.end(0, stays=True)
+        rank.tick(9)
+        assert rank.cache.evicted == 0
+        now[0] += NEVER
+        rank.tick(9)
+        assert rank.cache.evicted > 0
+
+
+def test_few_fetches_are_under_way_at_once() -> None:
+    with machine() as rank:
+        residents = rank.pool.prefetcher.residents
+        rank.pool.on_keep = lambda: setattr(residents, "num_fetching", residents.num_fetching + 1)
+        rank.tick(9)
+        assert sorted(rank.pool.kept) == [NUM_BLOCKS - 2, NUM_BLOCKS - 1], "the last ones first"
+        residents.num_fetching = 0
+        rank.tick(9)
+        assert len(rank.pool.kept) == NUM_BLOCKS
+
+
+def test_an_allocator_of_a_wrapped_cache_is_left_alone() -> None:
+    with machine() as rank:
+        rank.allocator._kvcache = SimpleNamespace(full=rank.allocator.get_kvcache())
+        rank.tick(9)
+        assert rank.pool.kept == {} and rank.admit(rank.size)
 
 
 def test_an_allocator_of_another_cache_is_left_alone() -> None:

@@ -81,5 +81,6 @@ def test_residency_is_turned_off_and_on(warnings: list[str]) -> None:
     assert not Rank("was").update(sidp_residency=1)
     assert warnings[-2:] == [
         "sidp_residency 2 is not a switch: use 1 or 0",
-        "sidp_residency has no effect here: restart with --sidp-mode auto, --sidp-residency auto",
+        "sidp_residency has no effect: blocks stay with --sidp-mode auto, --sidp-residency auto, "
+        "on CPU ranks",
     ]

@@ -113,9 +113,27 @@ def test_with_all_blocks_here_nothing_is_fetched(kind: str) -> None:
         lending.drop(first)
         assert not pool.is_local and pool.passing() == [first]
         rank.run_steps(3)
-        assert pool.prefetcher.counters.fetches == before + (4 if len(lending.lent) else 1)
+        assert pool.prefetcher.counters.fetches == before + 4  # the next step's, too
 
     for result in run_group(Group(2, 8), script, lambda rank: make_transport(kind)):
+        assert result.wrong == []
+
+
+def test_one_that_goes_is_fetched_for_the_next_step() -> None:
+    """Whichever it is, the prefetch begins where the step does."""
+
+    def script(rank: RankUnderTest) -> None:
+        lending, pool = Lending(rank), rank.pool
+        for block in reversed(pool.passing()):
+            lending.keep(block)
+        for block in pool.prefetcher.order:
+            rank.run_steps(1)
+            lending.drop(block)
+            rank.run_steps(2)
+            assert pool.prefetcher.counters.resyncs == 0
+            lending.keep(block)
+
+    for result in run_group(Group(2, 10), script):
         assert result.wrong == []
 
 
