@@ -62,7 +62,7 @@ class Segments:
 
     def whole(self) -> int | None:
         """A segment that may be lent."""
-        whole: np.ndarray = self._held.all(axis=1)
+        whole = np.asarray(self._held.all(axis=1))
         whole[self._lent] = False
         return int(whole.argmax()) if whole.any() else None
 
