@@ -21,12 +21,12 @@ _RECENT_SECONDS = 60.0  # the time left follows from the speed of the last minut
 class EngineStatus(NamedTuple):
     """What the engine says of itself from time to time."""
 
-    was_iterations: int  # of all ranks, since its start; 0 without --sidp
-    cas_iterations: int
+    iterations: dict[str, int]  # by mode, of all ranks, since its start; empty without --sidp
     kv_use: float | None  # share of the KV tokens in use, mean over the ranks
 
 
-NO_STATUS = EngineStatus(0, 0, None)
+NO_STATUS = EngineStatus({}, None)
+MODES = {"was": "WaS", "cas": "CaS", "local": "local"}
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Tally:
     completion_tokens: int = 0
     restarts: int = 0
     status: EngineStatus = NO_STATUS
-    _iterations_before: tuple[int, int] = (0, 0)  # of engines that have ended
+    _iterations_before: dict[str, int] = field(default_factory=dict)  # of engines that have ended
     _recent: list[tuple[float, int]] = field(default_factory=list)  # time, finished
 
     def count(self, answer: Answer) -> None:
@@ -55,10 +55,10 @@ class Tally:
         self.status = NO_STATUS
 
     @property
-    def iterations(self) -> tuple[int, int]:
-        """WaS and CaS, of all engines of this run."""
-        was, cas = self._iterations_before
-        return was + self.status.was_iterations, cas + self.status.cas_iterations
+    def iterations(self) -> dict[str, int]:
+        """By mode, of all engines of this run."""
+        parts = self._iterations_before, self.status.iterations
+        return {mode: sum(part.get(mode, 0) for part in parts) for mode in MODES}
 
     @property
     def num_done(self) -> int:
@@ -74,8 +74,12 @@ class Tally:
         return (self.num_requests - self.num_done) / speed if speed else None
 
     def mode_mix(self) -> str | None:
-        was, cas = self.iterations
-        return f"WaS {was / (was + cas):.0%} CaS {cas / (was + cas):.0%}" if was + cas else None
+        """Shares of the steps; None without --sidp."""
+        iterations = self.iterations
+        total = sum(iterations.values())
+        shown = [mode for mode in MODES if mode != "local" or iterations[mode]]
+        shares = [f"{MODES[mode]} {iterations[mode] / total:.0%}" for mode in shown if total]
+        return " ".join(shares) or None
 
 
 class Progress:

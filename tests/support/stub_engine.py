@@ -39,7 +39,7 @@ def main(address: str, behaviour: str) -> None:
         send(FAILED, {"reason": "DP rank 0 failed", "usage": False})
         return
     send(READY, None)
-    send(STATUS, [3, 1, 0.5])
+    send(STATUS, [{"was": 3, "cas": 1}, 0.5])
     while True:
         kind, *content = socket.recv_multipart()
         if kind != REQUEST:

@@ -134,8 +134,9 @@ class _Serving:
             try:
                 states = [state["sidp"] for state in await self._states() if "sidp" in state]
                 iterations = [state["iterations"] for state in states]
-                was, cas = (sum(steps[mode] for steps in iterations) for mode in ("was", "cas"))
-                status = [was, cas, _kv_use(self._loads)]
+                modes = iterations[0] if iterations else ()
+                total = {mode: sum(steps[mode] for steps in iterations) for mode in modes}
+                status = [total, _kv_use(self._loads)]
                 await self._socket.send_multipart([STATUS, orjson.dumps(status)])
             except RankFailure as failure:
                 self._fail(str(failure))

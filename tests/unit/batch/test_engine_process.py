@@ -61,7 +61,7 @@ def test_requests_and_answers(start: Start) -> None:
         (line, 200, 5, 7) for line in range(1, 6)
     ]
     assert all(answer.body == b"x" * 100_000 for answer in answers)
-    assert engine.is_ready and engine.status == EngineStatus(3, 1, 0.5)
+    assert engine.is_ready and engine.status == EngineStatus({"was": 3, "cas": 1}, 0.5)
     engine.close()
     engine.close()
     assert engine._process.returncode == 0

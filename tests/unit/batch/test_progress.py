@@ -24,7 +24,7 @@ def work(tally: Tally, clock: Clock, progress: Progress, seconds: int) -> None:
         clock.now += 1.0
         for _ in range(5):
             tally.count(Answer(1, 200, b"{}", 3, 10))
-        tally.status = EngineStatus(90, 10, 0.5)
+        tally.status = EngineStatus({"was": 90, "cas": 10}, 0.5)
         progress.tick()
 
 
@@ -63,10 +63,11 @@ def test_the_summary_counts_all_engines() -> None:
     tally.engine_ended()
     assert tally.status.kv_use is None
     tally.restarts = 1
-    tally.status = EngineStatus(0, 100, None)
+    tally.status = EngineStatus({"cas": 50, "local": 50}, None)
     assert progress.summary(num_errors=7) == (
         "150 of 1,000 requests done, 50 in this run, 7 of them error records, "
-        "150 prompt and 500 output tokens, 56 tokens/s, WaS 45% CaS 55%, 1 restarts of the engine"
+        "150 prompt and 500 output tokens, 56 tokens/s, WaS 45% CaS 30% local 25%, "
+        "1 restarts of the engine"
     )
 
 
