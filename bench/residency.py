@@ -27,7 +27,7 @@ from bench.tables import Table, plain, ranged
 
 FETCH_OVER_STEP = 4.0  # of one plain rank at batch 1
 INPUT_TOKENS = 32
-REPEATS = 5
+REPEATS = 4
 RESIDENCY = {"off": 0, "auto": 1}
 SIDES = ["plain", *RESIDENCY]
 MODES = ("was", "cas", "local")
@@ -44,15 +44,15 @@ class Phase:
 
 
 def _tail(dp_size: int) -> list[int]:
-    lengths = np.random.default_rng(0).lognormal(np.log(24.0), 1.0, 32 * dp_size)
-    return np.clip(np.rint(lengths), 4, 256).astype(int).tolist()
+    lengths = np.random.default_rng(0).lognormal(np.log(24.0), 1.0, 12 * dp_size)
+    return np.clip(np.rint(lengths), 4, 192).astype(int).tolist()
 
 
 PHASES = {
     "one request": Phase(lambda d: [96]),
     "a few": Phase(lambda d: [64] * 4 * d),
     "a burst": Phase(lambda d: [1] * 12 * d, is_first_token=True),
-    "more than fits": Phase(lambda d: [48] * 64 * d),
+    "more than fits": Phase(lambda d: [32] * 40 * d),
     "a long tail": Phase(_tail),
 }
 HEADS = [
