@@ -13,7 +13,7 @@ from examples.demo_model.arithmetic import few_shot_header, final_answer, held_o
 from tests.support.traces import ranks
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]  # two engines, one of them started twice
 
 NUM_PROBLEMS = 63
 HEADER = few_shot_header(num_tokens_min=160)
