@@ -58,7 +58,8 @@ def test_every_row_has_its_answer(results: list[dict[str, Any]]) -> None:
 
 def test_an_engine_that_lost_a_rank_is_replaced(results: list[dict[str, Any]]) -> None:
     fetched = {row["engine"]: row["blocks_fetched"] for row in results}
-    assert len(fetched) == 3 and min(fetched.values()) > 100
+    assert len(fetched) == 3
+    assert min(fetched.values()) > 40  # then they stay, for KV is plentiful
 
 
 def test_a_row_too_long_is_an_error_of_its_own(results: list[dict[str, Any]]) -> None:
